@@ -1,0 +1,57 @@
+"""The Engine protocol: what a loaded model must offer to the service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from guard_policies.assessment import Assessment
+from guard_service.prompt import Prompt, PromptBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a loaded model is, for GetInfo, metrics and verdicts."""
+
+    name: str
+    digest: str  # "sha256:..."
+    engine: str  # "onnx", "fake", ...
+    template: str
+    categories: tuple[str, ...]  # codes that the model knows
+    custom_categories: bool  # whether a policy may bring categories and wording of its own
+    judges_images: bool
+    window_tokens: int  # conversation tokens that one window holds
+    parameters: int
+    notice: str = ""  # shown with the model, for example that it is a starter
+
+
+@dataclass(frozen=True, slots=True)
+class Assessed:
+    """One prompt's assessment and what it cost."""
+
+    assessment: Assessment
+    computed_tokens: int
+    cached_tokens: int
+
+
+class Engine(Protocol):
+    """A loaded model. `assess` runs in a worker thread and is never entered twice at once."""
+
+    card: ModelCard
+
+    def prompt_builder(self) -> PromptBuilder:
+        """The builder of this model's prompts (its tokenizer and template); thread-safe."""
+        ...
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        """One result per prompt, in order. Raises EngineFailed for the whole batch."""
+        ...
+
+    def self_test(self) -> None:
+        """Score the artifact's golden prompts; raises EngineFailed when they differ."""
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory; the engine is not used afterwards."""
+        ...

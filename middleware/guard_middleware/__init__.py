@@ -1,0 +1,1 @@
+"""Guard clients for programs that talk to a guard service; the middleware grows from here."""

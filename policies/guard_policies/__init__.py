@@ -1,0 +1,1 @@
+"""What should happen: taxonomy, policies and the decision from scores to actions."""

@@ -1,0 +1,1 @@
+"""From checkpoint and data to a guard artifact: the offline pipeline."""

@@ -9,7 +9,10 @@ from guard_policies.assessment import Direction
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One window of a conversation, ready for an engine."""
+    """One window of a conversation, ready for an engine: prefix + body + closing is the model input.
+
+    The verdict is read behind the last token of `closing`. Engines append the verdict's own tokens.
+    """
 
     direction: Direction
     prefix: tuple[int, ...]  # tokens up to the conversation: equal for all prompts of a policy and role

@@ -1,4 +1,4 @@
-"""What an engine found, before any policy has spoken."""
+"""What an engine found, before any policy has spoken, and the words both sides share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ class Direction(Enum):
 
     PROMPT = "prompt"
     RESPONSE = "response"
+
+
+class Action(Enum):
+    """What is done with a message, from the mildest to the severest."""
+
+    ALLOW = "allow"
+    FLAG = "flag"
+    BLOCK = "block"
+
+    @property
+    def severity(self) -> int:
+        """0 for ALLOW, 1 for FLAG, 2 for BLOCK."""
+        return ("allow", "flag", "block").index(self.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_NOT_READY: _ErrorReason.ValueType  # 12
     """ERROR_REASON_NOT_READY (UNAVAILABLE): the model is still loading or failed its self-test."""
+    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
+    """ERROR_REASON_INTERNAL (INTERNAL): a defect of the service; the request id is in its logs."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the `reason` of a google.rpc.ErrorInfo, by name without the prefix
@@ -108,4 +110,6 @@ policy, for example custom categories with a model whose categories are fixed.
 """
 ERROR_REASON_NOT_READY: ErrorReason.ValueType  # 12
 """ERROR_REASON_NOT_READY (UNAVAILABLE): the model is still loading or failed its self-test."""
+ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
+"""ERROR_REASON_INTERNAL (INTERNAL): a defect of the service; the request id is in its logs."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

@@ -525,10 +525,16 @@ class PolicySummary(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     SHADOW_FIELD_NUMBER: builtins.int
     CATEGORIES_FIELD_NUMBER: builtins.int
+    ON_UNAVAILABLE_PROMPT_FIELD_NUMBER: builtins.int
+    ON_UNAVAILABLE_RESPONSE_FIELD_NUMBER: builtins.int
     description: builtins.str
     """description in a sentence or two."""
     shadow: builtins.bool
     """shadow is true when the policy decides and reports but lets everything pass."""
+    on_unavailable_prompt: guard_api.v1.verdict_pb2.Action.ValueType
+    """on_unavailable_prompt is what callers should do with a prompt that could not be judged."""
+    on_unavailable_response: guard_api.v1.verdict_pb2.Action.ValueType
+    """on_unavailable_response is what callers should do with a response that could not be judged."""
     @property
     def policy(self) -> guard_api.v1.verdict_pb2.PolicyRef:
         """policy name, version and digest."""
@@ -544,9 +550,11 @@ class PolicySummary(google.protobuf.message.Message):
         description: builtins.str = ...,
         shadow: builtins.bool = ...,
         categories: collections.abc.Iterable[builtins.str] | None = ...,
+        on_unavailable_prompt: guard_api.v1.verdict_pb2.Action.ValueType = ...,
+        on_unavailable_response: guard_api.v1.verdict_pb2.Action.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["categories", b"categories", "description", b"description", "policy", b"policy", "shadow", b"shadow"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["categories", b"categories", "description", b"description", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "policy", b"policy", "shadow", b"shadow"]) -> None: ...
 
 Global___PolicySummary: typing_extensions.TypeAlias = PolicySummary
 

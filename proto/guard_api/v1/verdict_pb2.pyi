@@ -147,6 +147,7 @@ class Verdict(google.protobuf.message.Message):
     TIMING_FIELD_NUMBER: builtins.int
     VERDICT_ID_FIELD_NUMBER: builtins.int
     FROM_CACHE_FIELD_NUMBER: builtins.int
+    JOINT_FIELD_NUMBER: builtins.int
     action: Global___Action.ValueType
     """action is what the policy wants done. With a policy in shadow mode it is always
     ACTION_ALLOW, and shadow_action holds what would have been done.
@@ -162,6 +163,10 @@ class Verdict(google.protobuf.message.Message):
     from_cache: builtins.bool
     """from_cache is true when an identical conversation had been judged before by the same model
     under the same policy.
+    """
+    joint: builtins.bool
+    """joint is true when the action rests on several categories together, none of which reached its
+    own threshold: the sum of score / threshold over them reached 1.
     """
     @property
     def categories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CategoryResult]:
@@ -197,9 +202,10 @@ class Verdict(google.protobuf.message.Message):
         timing: Global___Timing | None = ...,
         verdict_id: builtins.str = ...,
         from_cache: builtins.bool = ...,
+        joint: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["coverage", b"coverage", "model", b"model", "policy", b"policy", "timing", b"timing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["action", b"action", "categories", b"categories", "coverage", b"coverage", "direction", b"direction", "from_cache", b"from_cache", "model", b"model", "policy", b"policy", "shadow_action", b"shadow_action", "timing", b"timing", "unsafe_score", b"unsafe_score", "verdict_id", b"verdict_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "categories", b"categories", "coverage", b"coverage", "direction", b"direction", "from_cache", b"from_cache", "joint", b"joint", "model", b"model", "policy", b"policy", "shadow_action", b"shadow_action", "timing", b"timing", "unsafe_score", b"unsafe_score", "verdict_id", b"verdict_id"]) -> None: ...
 
 Global___Verdict: typing_extensions.TypeAlias = Verdict
 

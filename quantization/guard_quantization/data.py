@@ -1,0 +1,176 @@
+"""Labelled conversations: the shared data files, contrast families, probe sets, and how they are mixed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from guard_policies.assessment import Direction
+
+
+class DataError(ValueError):
+    """A data file does not follow the schema; the text names the file and the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled conversation; the last turn is judged."""
+
+    id: str
+    turns: tuple[tuple[str, str], ...]  # (role, text), roles "user" and "assistant"
+    unsafe: bool
+    categories: tuple[str, ...] | None  # None: unsafe without a code; () when safe
+    language: str
+    source: str
+    file: str  # name without .jsonl.gz, for example "prompts_safe"
+    split: str  # "train", "dev" or "test"
+
+    @property
+    def direction(self) -> Direction:
+        """RESPONSE when the judged turn is the assistant's."""
+        return Direction.RESPONSE if self.turns[-1][0] == "assistant" else Direction.PROMPT
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a .jsonl or .jsonl.gz file. Raises DataError for a line outside the schema."""
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
+    rows = []
+    with opened as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(_row(json.loads(line), name))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a labelled row: {error!r}") from error
+    return rows
+
+
+def _row(item: dict[str, Any], file: str) -> Row:
+    if item["label"] not in ("safe", "unsafe"):
+        raise ValueError("label must be safe or unsafe")
+    categories = item["categories"]
+    return Row(
+        id=item["id"],
+        turns=tuple((turn["role"], turn["content"]) for turn in item["messages"]),
+        unsafe=item["label"] == "unsafe",
+        categories=None if categories is None else tuple(categories),
+        language=item["language"],
+        source=item["source"],
+        file=file,
+        split=item["split"],
+    )
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """Rows of every data file in a folder, in the order of the file names."""
+    paths = sorted([*folder.glob("*.jsonl.gz"), *folder.glob("*.jsonl")])
+    if not paths:
+        raise DataError(f"{folder}: no .jsonl or .jsonl.gz file here")
+    return [row for path in paths for row in read_rows(path)]
+
+
+def probe_rows() -> list[Row]:
+    """The probe sets that come with the package: never trained on."""
+    folder = resources.files("guard_quantization") / "probe"
+    with resources.as_file(folder) as path:
+        return read_folder(path)
+
+
+def contrast_rows(dev_share: int = 20, most_per_family: int = 60) -> list[Row]:
+    """Sentences of the contrast families in the package; one family in `dev_share` is dev."""
+    folder = resources.files("guard_quantization") / "contrast"
+    rows: list[Row] = []
+    with resources.as_file(folder) as path:
+        for file in sorted(path.glob("*.yaml")):
+            families = yaml.load(file.read_text("utf-8"), Loader=yaml.CSafeLoader)
+            for family in families:
+                rows += _family_rows(family, f"contrast_{file.stem}", dev_share, most_per_family)
+    return rows
+
+
+def _family_rows(family: dict[str, Any], file: str, dev_share: int, most: int) -> list[Row]:
+    rng = random.Random(family["family"])
+    slots = family.get("slots") or {}
+    users = family.get("user") or [""]
+    replies = family.get("assistant")
+    users = list(_expand(family.get("templates") or users, slots))
+    pairs = list(itertools.product(users, _expand(replies, slots))) if replies else None
+    sentences: list[tuple[str, ...]] = pairs or [(user,) for user in users]  # type: ignore[assignment]
+    if len(sentences) > most:
+        sentences = rng.sample(sentences, most)
+    split = "dev" if _bucket(family["family"]) % dev_share == 0 else "train"
+    roles = ("user", "assistant")
+    return [
+        Row(
+            id=f"contrast-{family['family']}-{n}",
+            turns=tuple(zip(roles, texts, strict=False)),
+            unsafe=family["label"] == "unsafe",
+            categories=tuple(family.get("categories") or ()),
+            language="en",
+            source="contrast",
+            file=file,
+            split=split,
+        )
+        for n, texts in enumerate(sentences)
+    ]
+
+
+def _expand(templates: Iterable[str], slots: dict[str, list[str]]) -> Iterator[str]:
+    for template in templates:
+        names = [name for name in slots if f"{{{name}}}" in template]
+        for values in itertools.product(*(slots[name] for name in names)):
+            text = template
+            for name, value in zip(names, values, strict=True):
+                text = text.replace(f"{{{name}}}", str(value))
+            yield text
+
+
+def _bucket(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many rows of a file an epoch takes, and the loss weight of each."""
+
+    file: str
+    rows: int
+    weight: float = 1.0
+
+
+def sample_epoch(rows: Sequence[Row], mix: Sequence[Share], seed: int) -> list[tuple[Row, float]]:
+    """One epoch: from each file its share, balanced over (source, label, code, language).
+
+    Cells are drawn from in proportion to the square root of their size, so that a large source
+    does not drown a small one; rows repeat only when a cell has too few.
+    """
+    by_file: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_file[row.file].append(row)
+    epoch: list[tuple[Row, float]] = []
+    for share in mix:
+        rng = random.Random(f"{seed}/{share.file}")
+        cells: dict[Any, list[Row]] = defaultdict(list)
+        for row in by_file.get(share.file, []):
+            code = row.categories[0] if row.categories else None
+            cells[(row.source, row.unsafe, code, row.language)].append(row)
+        total = sum(len(cell) ** 0.5 for cell in cells.values())
+        for key in sorted(cells, key=str):
+            cell = cells[key]
+            want = max(1, round(share.rows * len(cell) ** 0.5 / total))
+            take = min(want, 2 * len(cell))
+            drawn = [rng.sample(cell, min(len(cell), take - n)) for n in range(0, take, len(cell))]
+            epoch += [(row, share.weight) for part in drawn for row in part]
+    random.Random(seed).shuffle(epoch)
+    return epoch

@@ -1,0 +1,141 @@
+"""The training loop that teacher and student share: batches, schedule, progress, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def batches(items: Sequence[T], lengths: Sequence[int], tokens: int, seed: int) -> list[list[T]]:
+    """Batches of at most `tokens` padded tokens, similar lengths together, in random order."""
+    rng = random.Random(seed)
+    order = sorted(range(len(items)), key=lambda i: lengths[i] + rng.random() * 4)
+    made: list[list[T]] = []
+    current: list[T] = []
+    for i in order:
+        if current and lengths[i] * (len(current) + 1) > tokens:
+            made.append(current)
+            current = []
+        current.append(items[i])
+    if current:
+        made.append(current)
+    rng.shuffle(made)
+    return made
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+class Report:
+    """Progress of a run: a bar on a terminal, a line every `every_s` seconds elsewhere."""
+
+    def __init__(self, what: str, steps: int, every_s: float = 30.0) -> None:
+        self._what, self._steps, self._every_s = what, steps, every_s
+        self._began = self._spoke = time.monotonic()
+        self._first: int | None = None
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(what, total=steps, note="")
+            self._bar.start()
+
+    def at(self, step: int, note: str) -> None:
+        """Show that `step` of all steps are done."""
+        now = time.monotonic()
+        self._first = step - 1 if self._first is None else self._first
+        if self._bar:
+            self._bar.update(self._task, completed=step, note=note)
+        elif now - self._spoke >= self._every_s or step == self._steps:
+            pace = (now - self._began) / max(1, step - self._first)
+            left = pace * (self._steps - step) / 60
+            print(f"{self._what}: {step}/{self._steps} {note}, {left:.0f} min left", flush=True)
+            self._spoke = now
+
+    def close(self) -> None:
+        """Stop the bar."""
+        if self._bar:
+            self._bar.stop()
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    work: Sequence[T],
+    loss_of: Callable[[T], Tensor],
+    *,
+    what: str,
+    checkpoint: Path,
+    warmup: int = 200,
+    every: int = 500,
+    clip: float = 1.0,
+) -> None:
+    """One optimizer step per element of `work`; goes on from `checkpoint` when that exists.
+
+    `work` must be the same sequence on every call: the checkpoint remembers how many elements are
+    done. Ctrl-C leaves the last checkpoint behind.
+    """
+    base = [group["lr"] for group in optimizer.param_groups]
+    done = _resume(model, optimizer, checkpoint)
+    report = Report(what, len(work))
+    average = 0.0
+    model.train()
+    try:
+        for step in range(done, len(work)):
+            factor = warmup_cosine(step, len(work), warmup)
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+            torch.manual_seed(step)
+            loss = loss_of(work[step])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            average += (loss.item() - average) / min(step - done + 1, 200)
+            report.at(step + 1, f"loss {average:.4f}")
+            if (step + 1) % every == 0 or step + 1 == len(work):
+                save(checkpoint, {"step": step + 1, **_state(model, optimizer)})
+    finally:
+        report.close()
+    model.eval()
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that an interruption never leaves half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)

@@ -11,6 +11,7 @@ from itertools import accumulate, chain
 from tokenizers import Tokenizer
 
 from guard_policies.assessment import Direction
+from guard_service.chat_templates import ChatMessage, read
 from guard_service.conversation import Conversation, Image
 from guard_service.templates import BY_NAME, CategoryLike, Control, Pieces, wording_of
 from guard_service.turns import (
@@ -31,15 +32,13 @@ _READ = "\n\n"  # the model writes it before a verdict; behind it the verdict is
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One window of a conversation, ready for an engine: prefix + body + closing is the model input.
+    """One window of a conversation: prefix + body + closing is the model input.
 
     The verdict is read behind the last token of `closing`. Engines append the verdict's own tokens.
     """
 
     direction: Direction
-    prefix: tuple[
-        int, ...
-    ]  # tokens up to the conversation: equal for all prompts of a policy and role
+    prefix: tuple[int, ...]  # up to the conversation: equal for all prompts of a policy and role
     body: tuple[int, ...]  # tokens of this window of the conversation
     closing: tuple[int, ...]  # tokens from the conversation's end to where the verdict is read
     image: Image | None = None  # what the image token in `prefix` stands for
@@ -110,7 +109,7 @@ class PromptBuilder:
         Raises InvalidConversation for a conversation without messages or with lone surrogates.
         """
         judged = direction or direction_of(conversation)
-        sees = self.template.image_gap is not None
+        sees = self.template.sees_images
         turns, parts = turns_of(conversation, self.template.trims, sees)
         encoded = [self._turn(turn) for turn in turns]
         cut = self._windows(turns, encoded, judged)
@@ -128,6 +127,24 @@ class PromptBuilder:
         )
         windows = tuple(span for span, _, _ in cut) * len(images)
         return BuiltPrompt(prompts, windows, sum(map(len, encoded)), judged, tuple(parts))
+
+    def chat_template(
+        self,
+        messages: Sequence[ChatMessage],
+        categories: Mapping[str, str] | None = None,
+        excluded_category_keys: Collection[str] = (),
+    ) -> tuple[int, ...]:
+        """The published chat template, token for token, for parity; raises ChatTemplateError.
+
+        Against `build`: nothing is defused, roles must alternate, each text part has a line of its
+        own, what the template loses is lost, there are no windows, and the prompt ends where the
+        template ends. The tokens behind that are `build`'s: both encode the same way.
+        """
+        reading = read(self.template, messages, categories, excluded_category_keys)
+        prefix = self.template.prefix(reading.target, reading.wording, reading.image)
+        body = chain.from_iterable(self._ordinary(line) for line in reading.lines)
+        closing = self.template.closing(reading.target)
+        return (*self._encode(prefix), *body, *self._encode(closing))
 
     def _windows(
         self, turns: Sequence[Turn], encoded: Sequence[list[int]], judged: Direction
@@ -152,7 +169,9 @@ class PromptBuilder:
         return cut
 
     def _turn(self, turn: Turn) -> list[int]:
-        text = self.template.turn(turn.direction, turn.text)
+        return self._ordinary(self.template.turn(turn.direction, turn.text))
+
+    def _ordinary(self, text: str) -> list[int]:
         ids = self._ids(text)
         if not self._special.isdisjoint(ids):
             raise InvalidConversation("the tokenizer reads a control token in ordinary text")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 from guard_policies.assessment import Direction
 
@@ -21,10 +21,6 @@ class Control(Enum):
 
 
 Pieces = tuple[Control | str, ...]  # no two strings next to each other
-
-
-class NotInTemplate(ValueError):
-    """The published template raises for these messages, or reads them in a way that loses them."""
 
 
 class CategoryLike(Protocol):
@@ -74,12 +70,17 @@ class Template:
     labels: Mapping[str, str] = field(default_factory=lambda: _AGENT)  # by role
     wording: Mapping[str, str] = field(default_factory=lambda: _FIRST_13)  # default categories
     lead: str = ""  # before <|begin_of_text|>
-    image_gap: str | None = None  # between the image token and the task; None: sees no images
+    sees_images: bool = False
+    image_gap: str = " "  # between the image token and the task
     trims: bool = True
     takes_categories: bool = True
     instructions_first: bool = False
     before_end: str = ""  # between the last instruction and <|eot_id|>
     after_header: str = ""  # behind the assistant's header
+    reads_strings: bool = False  # the published template takes plain strings, not typed parts
+    merges_parts: bool = (
+        False  # the publisher's code gives each message one line, whatever its role
+    )
 
     def label(self, direction: Direction) -> str:
         """The word that names the judged side: "User" or "Agent"."""
@@ -95,9 +96,12 @@ class Template:
         task = self._task(label, "".join(f"{code}: {text}\n" for code, text in listed.items()))
         lead = (self.lead,) if self.lead else ()
         start = (Control.BEGIN_OF_TEXT, Control.START_HEADER, "user", Control.END_HEADER)
-        if image and self.image_gap is not None:
+        if not image:
+            return (*lead, *start, "\n\n" + task)
+        if self.sees_images:
             return (*lead, *start, "\n\n", Control.IMAGE, self.image_gap + task)
-        return (*lead, *start, "\n\n" + task)
+        # The published 1B template does this; the text-only tokenizer reads it as ordinary text.
+        return (*lead, *start, "\n\n" + Control.IMAGE.value + self.image_gap + task)
 
     def closing(self, label: str) -> Pieces:
         """All behind the conversation, up to where the published template ends."""
@@ -151,16 +155,20 @@ def wording_of(categories: Sequence[CategoryLike]) -> dict[str, str]:
 
 ALL = (
     Template("llama-guard-3-1b", before_end=" "),
-    Template("llama-guard-3-11b-vision", before_end=" ", image_gap=" "),
-    Template("llama-guard-3-8b", lead=" ", wording=_WORDING, takes_categories=False),
+    Template("llama-guard-3-11b-vision", before_end=" ", sees_images=True),
+    Template(
+        "llama-guard-3-8b", wording=_WORDING, lead=" ", takes_categories=False, reads_strings=True
+    ),
     Template("compact", wording=_WORDING, trims=False, instructions_first=True),
     Template(
         "llama-stack",
         labels=_CAPITALISED,
         wording=_WORDING,
-        trims=False,
+        sees_images=True,
         image_gap="",
+        trims=False,
         after_header="\n\n",
+        merges_parts=True,
     ),
 )
 BY_NAME: Mapping[str, Template] = {template.name: template for template in ALL}

@@ -1,1 +1,49 @@
 """Guard clients for programs that talk to a guard service; the middleware grows from here."""
+
+from guard_middleware.calls import Item, Piece
+from guard_middleware.channel import TLS
+from guard_middleware.client import AsyncGuardClient, GuardClient
+from guard_middleware.errors import (
+    BadReply,
+    CouldNotJudge,
+    DeadlineExceeded,
+    EngineFailed,
+    GuardError,
+    InvalidRequest,
+    NotPermitted,
+    NotSupported,
+    Overloaded,
+    Unavailable,
+    UnknownPolicy,
+)
+from guard_middleware.retry import Retries
+from guard_middleware.terms import Terms
+from guard_middleware.verdict import Outcome, StreamOutcome, Unjudged, Verdict
+from guard_policies.assessment import Action, Direction
+
+__all__ = [
+    "TLS",
+    "Action",
+    "AsyncGuardClient",
+    "BadReply",
+    "CouldNotJudge",
+    "DeadlineExceeded",
+    "Direction",
+    "EngineFailed",
+    "GuardClient",
+    "GuardError",
+    "InvalidRequest",
+    "Item",
+    "NotPermitted",
+    "NotSupported",
+    "Outcome",
+    "Overloaded",
+    "Piece",
+    "Retries",
+    "StreamOutcome",
+    "Terms",
+    "Unavailable",
+    "Unjudged",
+    "UnknownPolicy",
+    "Verdict",
+]

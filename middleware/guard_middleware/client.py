@@ -1,0 +1,181 @@
+"""GuardClient and AsyncGuardClient: ask a guard with deadlines, retries, a declared fallback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from guard_api.v1 import guard_pb2, guard_pb2_grpc
+from guard_middleware import calls, errors
+from guard_middleware.async_client import AsyncGuardClient
+from guard_middleware.calls import Item, Piece
+from guard_middleware.channel import open_channel
+from guard_middleware.errors import GuardError
+from guard_middleware.fallback import LEARN_TIMEOUT_S, Fallback
+from guard_middleware.service_info import PolicyList, ServiceInfo, read_info, read_policies
+from guard_middleware.terms import Terms
+from guard_middleware.turns import Turns, direction_of
+from guard_middleware.verdict import Outcome, StreamOutcome
+
+__all__ = ["AsyncGuardClient", "GuardClient"]
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+class GuardClient:
+    """A blocking client of one guard; thread-safe, meant to be kept and shared.
+
+    Every call has a deadline (`terms.timeout_s`, or its own). UNAVAILABLE and RESOURCE_EXHAUSTED
+    are tried again within it. What then follows is `terms.on_unavailable`.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        terms: Terms | None = None,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._terms = terms or Terms()
+        self._fallback = Fallback(self._terms.on_unavailable)
+        self._sleep = sleep
+        self._channel = open_channel(target, self._terms.tls)
+        self._stub = guard_pb2_grpc.GuardServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel; calls under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def classify(
+        self,
+        turns: Turns,
+        *,
+        policy: str = "",
+        language: str = "",
+        no_cache: bool = False,
+        timeout_s: float | None = None,
+    ) -> Outcome:
+        """The verdict on the last turn, or an Unjudged where `on_unavailable` is not "raise".
+
+        Raises ValueError for what is no conversation, GuardError when there is no verdict.
+        """
+        request = calls.classify_request(Item(turns, policy, language, no_cache))
+        self._learn()
+        try:
+            return calls.single_outcome(self._call(self._stub.Classify, request, timeout_s))
+        except GuardError as error:
+            return self._fallback.outcome(error, policy, direction_of(request.conversation))
+
+    def classify_batch(
+        self, items: Sequence[Item | Turns], *, timeout_s: float | None = None
+    ) -> list[Outcome | GuardError]:
+        """One entry per item, in order. An item that fails does not fail the others: its GuardError
+        stands in its place (`entry.judged` is False for it, as for an Unjudged)."""
+        request = calls.batch_request(items)
+        self._learn()
+        try:
+            reply = self._call(self._stub.ClassifyBatch, request, timeout_s)
+            return calls.batch_outcomes(request, reply, self._fallback)
+        except GuardError as error:
+            return calls.failed_batch(request, error, self._fallback)
+
+    def classify_stream(
+        self,
+        turns: Turns,
+        pieces: Iterable[Piece | str],
+        *,
+        policy: str = "",
+        language: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[StreamOutcome]:
+        """Outcomes on a growing reply to `turns`, as they come; the last one has `final` set.
+
+        `pieces` is read in another thread. Never retried: a stream has a state. The deadline is for
+        the whole stream (`terms.stream_timeout_s`).
+        """
+        start = calls.start_step(turns, policy, language)
+        self._learn()
+        return self._stream(start, pieces, policy, timeout_s)
+
+    def list_policies(self, *, timeout_s: float | None = None) -> PolicyList:
+        """The policies that requests may name."""
+        request = guard_pb2.ListPoliciesRequest()
+        policies = read_policies(self._call(self._stub.ListPolicies, request, timeout_s))
+        self._fallback.learn(policies)
+        return policies
+
+    def info(self, *, timeout_s: float | None = None) -> ServiceInfo:
+        """What is running: version, models, limits."""
+        return read_info(self._call(self._stub.GetInfo, guard_pb2.GetInfoRequest(), timeout_s))
+
+    def health(self, *, timeout_s: float | None = None) -> bool:
+        """Whether the guard says that it serves; raises GuardError when it cannot be asked."""
+        request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
+        return bool(self._call(self._health.Check, request, timeout_s).status == _SERVING)
+
+    def _learn(self) -> None:
+        if self._fallback.wants_policies:
+            try:
+                self.list_policies(timeout_s=min(LEARN_TIMEOUT_S, self._terms.timeout_s))
+            except GuardError:
+                return  # unknown means block, and the call itself will tell what is wrong
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
+        attempts = self._terms.attempts(timeout_s)
+        while True:
+            try:
+                return method(
+                    request, timeout=attempts.left_s(), metadata=tuple(self._terms.metadata)
+                )
+            except grpc.RpcError as failed:
+                error = errors.from_rpc(cast(errors.RpcStatus, failed))
+            pause = attempts.pause_after(error)
+            if pause is None:
+                raise error
+            self._sleep(pause)
+
+    def _stream(
+        self,
+        start: guard_pb2.ClassifyStreamRequest,
+        pieces: Iterable[Piece | str],
+        policy: str,
+        timeout_s: float | None,
+    ) -> Iterator[StreamOutcome]:
+        def steps() -> Iterator[guard_pb2.ClassifyStreamRequest]:
+            yield start
+            yield from map(calls.piece_step, pieces)
+            yield calls.end_step()
+
+        reader = calls.StreamReader()
+        limit = self._terms.stream_timeout_s if timeout_s is None else timeout_s
+        call = self._stub.ClassifyStream(
+            steps(), timeout=limit, metadata=tuple(self._terms.metadata)
+        )
+        try:
+            for reply in call:
+                yield reader.read(reply)
+            reader.finish()
+        except grpc.RpcError as failed:
+            error = errors.from_rpc(cast(errors.RpcStatus, failed))
+            yield reader.failed(error, policy, self._fallback)
+        except GuardError as error:
+            yield reader.failed(error, policy, self._fallback)
+        finally:
+            call.cancel()

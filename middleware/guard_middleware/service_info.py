@@ -1,0 +1,114 @@
+"""What a guard tells about itself: models, limits, policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from guard_api.v1 import guard_pb2, verdict_pb2
+from guard_middleware.verdict import ModelRef, PolicyRef, read_action, seconds
+from guard_policies.assessment import Action
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A loaded model; `notice` must be shown with it where it is not empty."""
+
+    model: ModelRef
+    engine: str
+    template: str
+    categories: tuple[str, ...]
+    judges_images: bool
+    custom_categories: bool
+    notice: str
+    parameters: int
+    window_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests are held to."""
+
+    max_message_bytes: int
+    max_batch_items: int
+    max_conversation_tokens: int
+    max_messages: int
+    default_deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """What is running."""
+
+    version: str
+    models: tuple[ModelInfo, ...]
+    limits: Limits
+    started_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySummary:
+    """A policy that requests may name, and what it wants done when it cannot be asked."""
+
+    policy: PolicyRef
+    description: str
+    shadow: bool
+    categories: tuple[str, ...]
+    on_unavailable_prompt: Action
+    on_unavailable_response: Action
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyList:
+    """The loaded policies; `default_policy` is what an empty name means."""
+
+    policies: tuple[PolicySummary, ...]
+    default_policy: str
+
+
+def read_info(wire: guard_pb2.GetInfoResponse) -> ServiceInfo:
+    """Plain Python from the wire."""
+    limits = Limits(
+        max_message_bytes=wire.limits.max_message_bytes,
+        max_batch_items=wire.limits.max_batch_items,
+        max_conversation_tokens=wire.limits.max_conversation_tokens,
+        max_messages=wire.limits.max_messages,
+        default_deadline_s=seconds(wire.limits.default_deadline),
+    )
+    models = tuple(_model(model) for model in wire.models)
+    return ServiceInfo(wire.version, models, limits, wire.started_at.ToDatetime(tzinfo=UTC))
+
+
+def read_policies(wire: guard_pb2.ListPoliciesResponse) -> PolicyList:
+    """Plain Python from the wire."""
+    return PolicyList(tuple(_policy(policy) for policy in wire.policies), wire.default_policy)
+
+
+def _model(wire: guard_pb2.ModelInfo) -> ModelInfo:
+    return ModelInfo(
+        model=ModelRef(wire.model.name, wire.model.digest, wire.model.tier, wire.model.tier_reason),
+        engine=wire.engine,
+        template=wire.template,
+        categories=tuple(wire.categories),
+        judges_images=wire.judges_images,
+        custom_categories=wire.custom_categories,
+        notice=wire.notice,
+        parameters=wire.parameters,
+        window_tokens=wire.window_tokens,
+    )
+
+
+def _policy(wire: guard_pb2.PolicySummary) -> PolicySummary:
+    return PolicySummary(
+        policy=PolicyRef(wire.policy.name, wire.policy.version, wire.policy.digest),
+        description=wire.description,
+        shadow=wire.shadow,
+        categories=tuple(wire.categories),
+        on_unavailable_prompt=_declared(wire.on_unavailable_prompt),
+        on_unavailable_response=_declared(wire.on_unavailable_response),
+    )
+
+
+def _declared(wire: verdict_pb2.Action.ValueType) -> Action:
+    """What a policy declares; nothing declared means block."""
+    return Action.BLOCK if wire == verdict_pb2.ACTION_UNSPECIFIED else read_action(wire)

@@ -1,0 +1,31 @@
+"""How a client calls: deadlines, retries, fallback, credentials."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from guard_middleware.channel import TLS
+from guard_middleware.fallback import OnUnavailable
+from guard_middleware.retry import Attempts, Retries
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a client calls: times in seconds; clock and draw can be replaced in tests."""
+
+    timeout_s: float = 10.0
+    stream_timeout_s: float = 600.0
+    retries: Retries = Retries()
+    on_unavailable: OnUnavailable = "raise"
+    tls: TLS | None = None
+    metadata: Sequence[tuple[str, str]] = ()
+    clock: Callable[[], float] = time.monotonic
+    draw: Callable[[], float] = random.random
+
+    def attempts(self, timeout_s: float | None) -> Attempts:
+        """The tries of one call under the given deadline or the usual one."""
+        usual = self.timeout_s if timeout_s is None else timeout_s
+        return Attempts(self.retries, usual, self.clock, self.draw)

@@ -1,0 +1,110 @@
+"""Block-wise integer weights: the arithmetic of 4-bit and 8-bit quantization, as pure functions.
+
+A row of a weight matrix is cut into blocks of `block` input channels. A block holds integers q in
+[0, 2^bits) and one scale; the weight it stands for is (q - 2^(bits-1)) * scale. This is the layout
+of onnxruntime's MatMulNBits operator without zero points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+# Candidate clipping points of a block, as shares of its largest magnitude.
+_SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
+_SMALLEST_SCALE = np.float32(6.2e-5)  # above float16's subnormals, where its precision fades
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A quantized matrix of `columns` input channels; the last block may be part padding."""
+
+    codes: Bytes  # [rows, blocks, block], in [0, 2^bits)
+    scales: NDArray[np.float16]  # [rows, blocks]
+    bits: int
+    columns: int
+
+    def dequantize(self) -> Floats:
+        """The matrix [rows, columns] that the codes stand for."""
+        middle = np.float32(2 ** (self.bits - 1))
+        values = (self.codes - middle) * self.scales.astype(np.float32)[..., None]
+        return values.reshape(len(values), -1)[:, : self.columns].astype(np.float32, copy=False)
+
+    def packed(self) -> Bytes:
+        """[rows, blocks, block * bits / 8]: two 4-bit codes per byte, the first in the low half."""
+        if self.bits == 8:
+            return self.codes
+        packed: Bytes = self.codes[..., 0::2] | (self.codes[..., 1::2] << 4)
+        return packed
+
+
+def quantize_blocks(
+    weight: Floats, bits: int, block: int, importance: Floats | None = None
+) -> Blocks:
+    """Quantize weight [rows, columns], minimising each block's squared error.
+
+    For every block the clipping scale is searched over a grid and refitted by least squares to the
+    codes it gives; the best of all wins, so the error is never above plain round-to-nearest.
+    `importance` [columns] weighs the error of an input channel (the mean square of its activation,
+    as in GPTQ's diagonal, Frantar et al., 2022). Scales are rounded to float16 before codes are
+    chosen. Raises ValueError for weights that are not finite.
+    """
+    if bits not in (4, 8) or block % 16:
+        raise ValueError(f"cannot quantize to {bits} bits in blocks of {block}")
+    if not np.isfinite(weight).all():
+        raise ValueError("weights are not finite")
+    rows, columns = weight.shape
+    count = -(-columns // block)
+    padding = ((0, 0), (0, count * block - columns))
+    values = np.pad(weight.astype(np.float32, copy=False), padding).reshape(rows, count, block)
+    shares = np.ones(columns, np.float32) if importance is None else importance
+    shares = np.pad(shares.astype(np.float32), padding[1]).reshape(1, count, block)
+    codes, scales = np.empty(values.shape, np.uint8), np.empty((rows, count), np.float16)
+    step = max(1, (1 << 21) // (count * block))  # rows at a time: bounds the memory of the search
+    for at in range(0, rows, step):
+        part = slice(at, at + step)
+        codes[part], scales[part] = _search(values[part], bits, shares)
+    return Blocks(codes, scales, bits, columns)
+
+
+def _search(values: Floats, bits: int, shares: Floats) -> tuple[Bytes, NDArray[np.float16]]:
+    low = -(2 ** (bits - 1))
+    extreme = np.take_along_axis(values, np.abs(values).argmax(-1)[..., None], -1)  # signed
+    best_error = np.full(extreme.shape, np.inf, np.float32)
+    best_scale = np.zeros_like(extreme)
+    # The extreme value maps to the end of the range that has one more step, or to the other one.
+    for end in (low, low + 1):
+        for shrink in _SHRINK if bits == 4 else _SHRINK[:3]:
+            scale = _storable(extreme * shrink / np.float32(end))
+            for _ in range(2):
+                codes = _round(values, scale, low)
+                error = (shares * (codes * scale - values) ** 2).sum(-1, keepdims=True)
+                better = error < best_error
+                best_error = np.where(better, error, best_error)
+                best_scale = np.where(better, scale, best_scale)
+                scale = _storable(_least_squares(values, codes, shares, scale))
+    codes = _round(values, best_scale, low)
+    return (codes - low).astype(np.uint8), best_scale[..., 0].astype(np.float16)
+
+
+def _round(values: Floats, scale: Floats, low: int) -> Floats:
+    rounded: Floats = np.clip(np.rint(values / scale), low, -low - 1)
+    return rounded
+
+
+def _storable(scale: Floats) -> Floats:
+    """The nearest scale that float16 holds well; never zero."""
+    sign = np.where(scale < 0, np.float32(-1), np.float32(1))
+    size = np.maximum(np.abs(scale), _SMALLEST_SCALE)
+    return (sign * size).astype(np.float16).astype(np.float32)
+
+
+def _least_squares(values: Floats, codes: Floats, shares: Floats, otherwise: Floats) -> Floats:
+    norm = (shares * codes * codes).sum(-1, keepdims=True)
+    fitted = (shares * codes * values).sum(-1, keepdims=True) / np.where(norm > 0, norm, 1)
+    return np.where(norm > 0, fitted, otherwise).astype(np.float32)

@@ -1,0 +1,175 @@
+"""From what a policy's author said to one rule per category, direction and language."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from guard_policies.assessment import Action, Direction
+from guard_policies.positions import Reader
+from guard_policies.schema import (
+    DEFAULT_REFUSAL,
+    DEFAULT_THRESHOLD,
+    Policy,
+    Rule,
+    Unscannable,
+    widening,
+)
+from guard_policies.syntax import OFF, Draft, LanguageDraft, Settings
+from guard_policies.taxonomy import Category
+
+T = TypeVar("T")
+
+
+def resolve(reader: Reader, draft: Draft) -> Policy:
+    """The policy that a draft means. Reports contradictions; the result then is of no use."""
+    judged = {direction: _judged(draft, direction) for direction in Direction}
+    either = tuple(one for one in draft.wording if any(one in some for some in judged.values()))
+    if not either:
+        reader.report(draft.name_node, "the policy judges nothing: every category is off")
+    _check_languages(reader, draft, {category.code for category in either})
+    policy = Policy(
+        name=draft.name,
+        version=draft.version,
+        description=draft.description,
+        digest="",
+        mode=draft.mode,
+        engine=draft.engine,
+        categories=either,
+        stream=draft.stream,
+        tables={
+            (direction, tag): tuple(_rule(draft, one, direction, tag) for one in judged[direction])
+            for direction in Direction
+            for tag in ("", *draft.languages)
+        },
+        unavailable={one: _unavailable(draft, one, judged[one]) for one in Direction},
+        unscannable={one: _unscannable(draft, one, judged[one]) for one in Direction},
+        refusals={"": DEFAULT_REFUSAL} | dict(draft.refusals),
+    )
+    return replace(policy, digest=_digest(policy))
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """The resolved policy as plain data (JSON-ready), for people and for its digest.
+
+    `rules` holds for each direction and language ("" is the base) the rules in order.
+    """
+    return {
+        "name": policy.name,
+        "version": policy.version,
+        "digest": policy.digest,
+        "description": policy.description,
+        "mode": policy.mode.value,
+        "engine": policy.engine,
+        "custom": policy.custom,
+        "categories": [
+            {
+                "code": one.code,
+                "name": one.name,
+                "description": one.description,
+                "prompt_name": one.prompt_name,
+            }
+            for one in policy.categories
+        ],
+        "rules": {
+            direction.value: {
+                tag: [
+                    {
+                        "code": rule.category.code,
+                        "action": rule.action.value,
+                        "threshold": rule.threshold,
+                    }
+                    for rule in policy.rules(direction, tag)
+                ]
+                for tag in ("", *policy.languages)
+            }
+            for direction in Direction
+        },
+        "on_unavailable": {one.value: policy.on_unavailable(one).value for one in Direction},
+        "on_unscannable": {one.value: policy.on_unscannable(one).value for one in Direction},
+        "stream": {"check_every_chars": policy.stream.check_every_chars},
+        "refusal": dict(policy.refusals),
+    }
+
+
+def _digest(policy: Policy) -> str:
+    """Of the description, less what no verdict depends on: our own words on known categories."""
+    meaning = describe(policy)
+    del meaning["digest"]
+    for category in meaning["categories"]:
+        if category["prompt_name"]:
+            del category["description"]
+    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _base(draft: Draft, code: str, direction: Direction) -> Iterator[Settings]:
+    """Where the policy speaks of a category, languages aside: the most particular place first."""
+    if code in draft.categories:
+        yield from draft.categories[code].chain(direction)
+    yield from draft.base.chain(direction)
+
+
+def _places(draft: Draft, code: str, direction: Direction, tag: str) -> Iterator[Settings]:
+    """As `_base`, with languages: what is said of the category goes before what is said of all."""
+    languages: list[LanguageDraft] = [
+        draft.languages[wider] for wider in widening(tag) if wider in draft.languages
+    ]
+    for language in languages:
+        if code in language.categories:
+            yield from language.categories[code].chain(direction)
+    if code in draft.categories:
+        yield from draft.categories[code].chain(direction)
+    for language in languages:
+        yield from language.whole.chain(direction)
+    yield from draft.base.chain(direction)
+
+
+def _first(places: Iterator[Settings], pick: Callable[[Settings], T | None], default: T) -> T:
+    found = (pick(place) for place in places)
+    return next((value for value in found if value is not None), default)
+
+
+def _judged(draft: Draft, direction: Direction) -> tuple[Category, ...]:
+    block = Action.BLOCK.value
+    return tuple(
+        one
+        for one in draft.wording
+        if _first(_base(draft, one.code, direction), lambda place: place.action, block) != OFF
+    )
+
+
+def _rule(draft: Draft, category: Category, direction: Direction, tag: str) -> Rule:
+    def places() -> Iterator[Settings]:
+        return _places(draft, category.code, direction, tag)
+
+    action = _first(places(), lambda place: place.action, Action.BLOCK.value)
+    threshold = _first(places(), lambda place: place.threshold, DEFAULT_THRESHOLD)
+    return Rule(category, Action(action), threshold)
+
+
+def _unavailable(draft: Draft, direction: Direction, judged: tuple[Category, ...]) -> Action:
+    wanted = (
+        _first(_base(draft, one.code, direction), lambda place: place.on_unavailable, Action.BLOCK)
+        for one in judged
+    )
+    return max(wanted, key=lambda action: action.severity, default=Action.ALLOW)
+
+
+def _unscannable(draft: Draft, direction: Direction, judged: tuple[Category, ...]) -> Unscannable:
+    error = Unscannable.ERROR
+    wanted = (
+        _first(_base(draft, one.code, direction), lambda place: place.on_unscannable, error)
+        for one in judged
+    )
+    return max(wanted, key=lambda action: action.severity, default=Unscannable.ALLOW)
+
+
+def _check_languages(reader: Reader, draft: Draft, judged: set[str]) -> None:
+    for tag, language in draft.languages.items():
+        for code, key in language.keys.items():
+            if code not in judged:
+                reader.report(key, f"{code} is off, so it cannot have a rule in {tag!r}")

@@ -1,0 +1,308 @@
+"""From requests to batches: a bounded queue in front of one worker thread that runs the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from guard_service.engines import Assessed, Engine
+from guard_service.errors import (
+    EngineFailed,
+    GuardError,
+    NotReady,
+    Overloaded,
+    ShuttingDown,
+)
+from guard_service.prompt import Prompt
+
+LOG = logging.getLogger(__name__)
+VERDICT_TOKENS = 3  # what engines append to a prompt
+CANDIDATES = 256  # how far into the queue a batch looks for prompts of similar length
+MIN_RETRY_S, MAX_RETRY_S = 0.05, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the queue and of one engine run."""
+
+    queue_items: int
+    queue_tokens: int
+    batch_items: int
+    batch_tokens: int
+    engine_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What the engine found for the prompts of one request, and the time it took, in seconds."""
+
+    results: tuple[Assessed, ...]
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One prompt in the queue."""
+
+    prompt: Prompt
+    tokens: int
+    queued_at: float
+    future: asyncio.Future[tuple[Assessed, float, float]] = field(repr=False)
+
+
+def tokens_of(prompt: Prompt) -> int:
+    """What a prompt costs the engine. The prefix is shared and counts for nothing."""
+    return len(prompt.body) + len(prompt.closing) + VERDICT_TOKENS
+
+
+class Batcher:
+    """Admits prompts up to a bound and runs them in batches.
+
+    `assess` belongs to one event loop; the engine runs in a thread of its own and is entered by
+    no other. `on_health` is called in the loop with False when the worker died or hangs, and with
+    True when a hanging run came back. `on_run` is called in the worker thread after each run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        on_health: Callable[[bool], None] = lambda healthy: None,
+        on_run: Callable[[int, float], None] = lambda items, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._on_health = on_health
+        self._on_run = on_run
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._queue: dict[_Job, None] = {}  # in order of arrival
+        self._running: list[_Job] = []
+        self._queued_tokens = 0
+        self._tokens_per_s = 0.0
+        self._run_began: float | None = None
+        self._closing = False
+        self._healthy = True
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="guard-engine", daemon=True)
+        self._watch: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start the worker; to be called in the event loop that will call `assess`."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        self._watch = asyncio.create_task(self._watch_worker())
+
+    @property
+    def queued_items(self) -> int:
+        """Prompts that wait."""
+        return len(self._queue)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait."""
+        return self._queued_tokens
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the worker answers."""
+        return self._healthy
+
+    async def assess(self, prompts: Sequence[Prompt], patience_s: float) -> Ran:
+        """Results of all prompts, in order.
+
+        Raises Overloaded at once when the queue has no room for all of them, or would not reach
+        them within `patience_s`. Cancelling takes what still waits out of the queue.
+        """
+        jobs = self._admitted(prompts, patience_s)
+        try:
+            done = [await job.future for job in jobs]
+        finally:
+            self._drop(jobs)
+        return Ran(
+            results=tuple(assessed for assessed, _, _ in done),
+            queue_s=max(queue_s for _, queue_s, _ in done),
+            inference_s=max(inference_s for _, _, inference_s in done),
+        )
+
+    async def close(self) -> None:
+        """Fail what still waits, let a run in progress end, stop the worker."""
+        if self._watch is not None:
+            self._watch.cancel()
+        with self._changed:
+            self._closing = True
+            waiting = list(self._queue)
+            self._changed.notify()
+        self._drop(waiting)
+        for job in waiting:
+            _fail(job, ShuttingDown())
+        if self._thread.is_alive() and self._healthy:
+            await asyncio.to_thread(self._thread.join, self._limits.engine_timeout_s)
+        for job in self._running:
+            _fail(job, ShuttingDown())
+
+    def _admitted(self, prompts: Sequence[Prompt], patience_s: float) -> list[_Job]:
+        loop, now = asyncio.get_running_loop(), self._clock()
+        jobs = [_Job(prompt, tokens_of(prompt), now, loop.create_future()) for prompt in prompts]
+        tokens = sum(job.tokens for job in jobs)
+        with self._changed:
+            self._check_room(len(jobs), tokens, patience_s)
+            self._queue.update(dict.fromkeys(jobs))
+            self._queued_tokens += tokens
+            self._changed.notify()
+        return jobs
+
+    def _check_room(self, items: int, tokens: int, patience_s: float) -> None:
+        if self._closing:
+            raise ShuttingDown
+        if not self._healthy:
+            raise NotReady("the engine does not answer; try another replica")
+        limits, wait_s = self._limits, self._wait_s(self._queued_tokens)
+        if len(self._queue) + items > limits.queue_items and self._queue:
+            raise Overloaded("the queue is full; retry later", self._retry_s(items, tokens))
+        if self._queued_tokens + tokens > limits.queue_tokens and self._queue:
+            raise Overloaded("the queue is full; retry later", self._retry_s(items, tokens))
+        if wait_s > patience_s:
+            raise Overloaded(
+                "the queue is longer than the deadline; retry later", min(wait_s, MAX_RETRY_S)
+            )
+
+    def _wait_s(self, tokens: int) -> float:
+        """How long that many tokens take at the measured rate; 0 when nothing was measured yet."""
+        return tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+
+    def _retry_s(self, items: int, tokens: int) -> float:
+        """When there will be room: the time to drain what is in the way, at the measured rate."""
+        over = self._queued_tokens + tokens - self._limits.queue_tokens
+        over_items = len(self._queue) + items - self._limits.queue_items
+        mean = self._queued_tokens / max(len(self._queue), 1)
+        excess = max(over, over_items * mean, 0)
+        return min(max(self._wait_s(int(excess)), MIN_RETRY_S), MAX_RETRY_S)
+
+    def _drop(self, jobs: Sequence[_Job]) -> None:
+        """Take what still waits out of the queue."""
+        with self._changed:
+            for job in jobs:
+                if job in self._queue:
+                    del self._queue[job]
+                    self._queued_tokens -= job.tokens
+        for job in jobs:
+            if job.future.done() and not job.future.cancelled():
+                job.future.exception()  # seen: a sibling already failed the request
+            job.future.cancel()
+
+    def _work(self) -> None:
+        """The worker thread."""
+        try:
+            while batch := self._next_batch():
+                self._run(batch)
+        except BaseException:
+            LOG.exception("the engine's worker died")
+
+    def _next_batch(self) -> list[_Job]:
+        """Wait for work and take it out of the queue; empty when closing."""
+        with self._changed:
+            self._running = []
+            while not self._queue and not self._closing:
+                self._changed.wait()
+            if self._closing:
+                return []
+            batch = chosen(list(self._queue), self._limits)
+            for job in batch:
+                del self._queue[job]
+                self._queued_tokens -= job.tokens
+            self._running = batch
+            self._run_began = self._clock()
+            return batch
+
+    def _run(self, batch: list[_Job]) -> None:
+        began = self._clock()
+        outcomes = self._outcomes([job.prompt for job in batch])
+        seconds = self._clock() - began
+        self._run_began = None
+        rate = sum(job.tokens for job in batch) / max(seconds, 1e-6)
+        self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+        self._on_run(len(batch), seconds)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_deliver, batch, outcomes, began, seconds)
+
+    def _outcomes(self, prompts: list[Prompt]) -> list[Assessed | GuardError]:
+        """Run the batch; when it fails, its prompts one by one, so that only the culprit fails."""
+        try:
+            results = self._engine.assess(prompts)
+            if len(results) != len(prompts):
+                raise EngineFailed("the engine lost results")
+            return list(results)
+        except Exception as error:
+            LOG.error("engine run failed: %s", type(error).__name__, exc_info=error)
+            if len(prompts) > 1:
+                return [self._outcomes([prompt])[0] for prompt in prompts]
+            return [EngineFailed("the engine failed on this request")]
+
+    async def _watch_worker(self) -> None:
+        period_s = min(1.0, self._limits.engine_timeout_s / 4)
+        while True:
+            await asyncio.sleep(period_s)
+            self._check_worker()
+
+    def _check_worker(self) -> None:
+        began = self._run_began
+        hangs = began is not None and self._clock() - began > self._limits.engine_timeout_s
+        healthy = self._thread.is_alive() and not hangs
+        if healthy == self._healthy:
+            return
+        self._healthy = healthy
+        LOG.log(logging.INFO if healthy else logging.ERROR, "worker answers: %s", healthy)
+        if not healthy:
+            with self._changed:
+                stuck = [*self._running, *self._queue]
+            for job in stuck:
+                _fail(job, NotReady("the engine does not answer; try another replica"))
+            self._drop(stuck)
+        self._on_health(healthy)
+
+
+def chosen(queue: Sequence[_Job], limits: Limits) -> list[_Job]:
+    """The next batch: the oldest prompt, then those most like it, while the padded batch fits.
+
+    The oldest is always in, so that none starves; prompts that share its prefix come first.
+    """
+    head = queue[0]
+    others = sorted(
+        queue[1:CANDIDATES],
+        key=lambda job: (
+            job.prompt.prefix is not head.prompt.prefix and job.prompt.prefix != head.prompt.prefix,
+            abs(job.tokens - head.tokens),
+        ),
+    )
+    batch, longest = [head], head.tokens
+    for job in others:
+        longest = max(longest, job.tokens)
+        if len(batch) == limits.batch_items or longest * (len(batch) + 1) > limits.batch_tokens:
+            break
+        batch.append(job)
+    return batch
+
+
+def _deliver(
+    batch: Sequence[_Job],
+    outcomes: Sequence[Assessed | GuardError],
+    began: float,
+    seconds: float,
+) -> None:
+    for job, outcome in zip(batch, outcomes, strict=True):
+        if isinstance(outcome, GuardError):
+            _fail(job, outcome)
+        elif not job.future.done():
+            job.future.set_result((outcome, began - job.queued_at, seconds))
+
+
+def _fail(job: _Job, error: GuardError) -> None:
+    if not job.future.done():
+        job.future.set_exception(error)

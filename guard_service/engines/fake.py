@@ -1,0 +1,111 @@
+"""A deterministic engine for tests and demonstrations: it looks for words, it judges nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from guard_policies.assessment import Assessment
+from guard_policies.taxonomy import LLAMA_GUARD_3
+from guard_service.engines import Assessed, ModelCard
+from guard_service.prompt import Prompt, PromptBuilder
+
+TEMPLATE = "compact"
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+UNSAFE_SCORE = 0.95
+SAFE_SCORE = 0.02
+WORDS = {
+    "fake-murder": "S1",
+    "fake-fraud": "S2",
+    "fake-abuse": "S4",
+    "fake-bomb": "S9",
+    "fake-hate": "S10",
+    "fake-suicide": "S11",
+    "fake-sex": "S12",
+}
+
+
+def fake_tokenizer() -> Tokenizer:
+    """One token per byte of UTF-8, and the special tokens behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+class FakeEngine:
+    """Scores 0.95 for the category of the last word of WORDS it finds, 0.02 without one.
+
+    `batches` records the texts of every run, for tests. `before_run` is called in the worker
+    thread with those texts before each run; it may block or raise.
+    """
+
+    def __init__(
+        self,
+        window_tokens: int = 512,
+        custom_categories: bool = False,
+        before_run: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        self.card = ModelCard(
+            name="fake",
+            digest="sha256:" + "0" * 64,
+            engine="fake",
+            template=TEMPLATE,
+            categories=tuple(category.code for category in LLAMA_GUARD_3),
+            custom_categories=custom_categories,
+            judges_images=False,
+            window_tokens=window_tokens,
+            parameters=0,
+            notice="This is the fake engine: it looks for a few made-up words and judges nothing.",
+        )
+        self.batches: list[tuple[str, ...]] = []
+        self.before_run = before_run
+        self._tokenizer = fake_tokenizer()
+        self._builder = PromptBuilder(self._tokenizer, TEMPLATE, window_tokens)
+        self._prefixes: set[tuple[int, ...]] = set()
+        self._entered = threading.Lock()
+
+    def prompt_builder(self) -> PromptBuilder:
+        """The builder of this engine's prompts."""
+        return self._builder
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        """One result per prompt, in order."""
+        if not self._entered.acquire(blocking=False):
+            raise AssertionError("assess was entered twice at once")
+        try:
+            texts = tuple(self._tokenizer.decode(list(prompt.body)) for prompt in prompts)
+            self.batches.append(texts)
+            if self.before_run is not None:
+                self.before_run(texts)
+            return [self._assessed(*pair) for pair in zip(prompts, texts, strict=True)]
+        finally:
+            self._entered.release()
+
+    def _assessed(self, prompt: Prompt, text: str) -> Assessed:
+        cached = len(prompt.prefix) if prompt.prefix in self._prefixes else 0
+        self._prefixes.add(prompt.prefix)
+        total = len(prompt.prefix) + len(prompt.body) + len(prompt.closing)
+        return Assessed(assess_text(text), total - cached, cached)
+
+    def self_test(self) -> None:
+        """There is nothing to test."""
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+def assess_text(text: str) -> Assessment:
+    """What the fake engine finds in a text."""
+    places = {text.rfind(word): code for word, code in WORDS.items()}
+    place = max(places)
+    codes = [category.code for category in LLAMA_GUARD_3]
+    if place < 0:
+        return Assessment(SAFE_SCORE, {code: SAFE_SCORE / len(codes) for code in codes})
+    scores = {code: 0.05 / (len(codes) - 1) * UNSAFE_SCORE for code in codes}
+    scores[places[place]] = UNSAFE_SCORE * 0.95
+    return Assessment(UNSAFE_SCORE, scores)

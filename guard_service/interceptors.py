@@ -1,0 +1,290 @@
+"""What happens around every call: admission, request id, errors to statuses, metrics, access log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from guard_policies.assessment import Action
+from guard_service.errors import (
+    GuardError,
+    InternalError,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    ShuttingDown,
+    status_of,
+)
+from guard_service.logs import FIELDS
+from guard_service.metrics import Metrics
+from guard_service.moderation import Judgement
+
+LOG = logging.getLogger("guard_service.access")
+SERVICE = "guard_api.v1.GuardService"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+CROWDED_RETRY_S = 0.25
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class Call:
+    """What is told about a call once it has ended. Holds no content."""
+
+    rpc: str
+    request_id: str
+    size: int = 0
+    verdicts: int = 0
+    verdict_id: str = ""
+    action: Action | None = None
+    policy: str = ""
+    fired: set[str] = field(default_factory=set)
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    from_cache: int = 0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+
+    def note(self, judgement: Judgement) -> None:
+        """Add a verdict; of many, the severest action and the longest times are kept."""
+        decision = judgement.decision
+        self.verdicts += 1
+        self.verdict_id = judgement.id
+        self.policy = judgement.policy.name
+        self.action = max(self.action or Action.ALLOW, decision.action, key=lambda a: a.severity)
+        self.fired.update(o.category.code for o in decision.outcomes if o.fired)
+        self.computed_tokens += judgement.computed_tokens
+        self.cached_tokens += judgement.cached_tokens
+        self.from_cache += judgement.from_cache
+        self.queue_s = max(self.queue_s, judgement.queue_s)
+        self.inference_s = max(self.inference_s, judgement.inference_s)
+
+
+CALL: ContextVar[Call] = ContextVar("guard_call")
+
+
+class State(Enum):
+    """Whether calls are taken."""
+
+    STARTING = "starting"
+    OPEN = "open"
+    STUCK = "stuck"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Stands for a message that could not be decoded."""
+
+    name: str
+
+
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps the calls of GuardService; others (health, reflection) pass untouched."""
+
+    def __init__(self, metrics: Metrics, max_calls: int, max_call_bytes: int) -> None:
+        self.state = State.STARTING
+        self._metrics = metrics
+        self._max_calls = max_calls
+        self._max_call_bytes = max_call_bytes
+        self._bytes = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._expired = False
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until the last call has ended; after `timeout_s` the rest is ended."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+            return True
+        except TimeoutError:
+            self._expired = True
+            for task in self._tasks:
+                task.cancel()
+            return False
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler, wrapped; or one that refuses without reading the request."""
+        handler: Any = await continuation(handler_call_details)
+        service, _, rpc = handler_call_details.method.strip("/").partition("/")
+        if handler is None or service != SERVICE:
+            return handler
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        call = Call(rpc, _request_id(metadata.get("x-request-id")))
+        if self._refusal() is not None:
+            return grpc.stream_stream_rpc_method_handler(self._refusing(call))
+        decode = _tolerant(handler.request_deserializer, rpc)
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(call, handler.stream_stream), decode, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(call, handler.unary_unary), decode, handler.response_serializer
+        )
+
+    def _refusing(self, call: Call) -> Callable[[Any, Context], Awaitable[None]]:
+        async def refuse(requests: Any, context: Context) -> None:
+            async def nothing() -> None:
+                raise self._refusal() or Overloaded("try again", CROWDED_RETRY_S)
+
+            await self._serve(call, context, nothing)
+
+        return refuse
+
+    def _unary(self, call: Call, behaviour: Any) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def serve(request: Message | _Malformed, context: Context) -> Any:
+            async def run() -> Any:
+                return await behaviour(_decoded(request), context)
+
+            call.size = request.ByteSize() if isinstance(request, Message) else 0
+            return await self._serve(call, context, run)
+
+        return serve
+
+    def _stream(self, call: Call, behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
+        async def serve(requests: AsyncIterator[Any], context: Context) -> None:
+            async def run() -> None:
+                await behaviour(_each_decoded(requests), context)
+
+            await self._serve(call, context, run)
+
+        return serve
+
+    async def _serve(self, call: Call, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a call to its end, whatever that is, and account for it."""
+        CALL.set(call)
+        context.set_trailing_metadata((("x-request-id", call.request_id),))
+        began = time.perf_counter()
+        error: GuardError | None = None
+        code = grpc.StatusCode.OK.name
+        self._metrics.in_flight.labels(call.rpc).inc()
+        try:
+            return await self._admitted(call, run)
+        except GuardError as refused:
+            error, code = refused, refused.code.name
+        except asyncio.CancelledError:
+            if not self._expired:
+                code = grpc.StatusCode.CANCELLED.name
+                raise
+            error, code = ShuttingDown(), ShuttingDown.code.name
+        except Exception:
+            LOG.exception("a call failed", extra={FIELDS: {"request_id": call.request_id}})
+            error = InternalError("a defect of the service; its logs tell more by the request id")
+            code = error.code.name
+        finally:
+            self._metrics.in_flight.labels(call.rpc).dec()
+            self._account(call, code, error, time.perf_counter() - began)
+        await _abort(context, error, call.request_id)
+
+    async def _admitted(self, call: Call, run: Callable[[], Awaitable[Any]]) -> Any:
+        if refusal := self._refusal(call.size):
+            raise refusal
+        task = asyncio.current_task()
+        assert task is not None
+        self._bytes += call.size
+        self._tasks.add(task)
+        self._empty.clear()
+        try:
+            return await run()
+        finally:
+            self._bytes -= call.size
+            self._tasks.discard(task)
+            if not self._tasks:
+                self._empty.set()
+
+    def _refusal(self, size: int = 0) -> GuardError | None:
+        """Why no call is taken now."""
+        match self.state:
+            case State.STARTING:
+                return NotReady("the model is still being checked; retry later")
+            case State.STUCK:
+                return NotReady("the engine does not answer; try another replica")
+            case State.DRAINING:
+                return ShuttingDown()
+        if len(self._tasks) >= self._max_calls:
+            return Overloaded("too many calls are in progress; retry later", CROWDED_RETRY_S)
+        if self._bytes and self._bytes + size > self._max_call_bytes:
+            return Overloaded("too many bytes are in progress; retry later", CROWDED_RETRY_S)
+        return None
+
+    def _account(self, call: Call, code: str, error: GuardError | None, total_s: float) -> None:
+        self._metrics.requests.labels(call.rpc, code).inc()
+        self._metrics.request_seconds.labels(call.rpc).observe(total_s)
+        if not LOG.isEnabledFor(logging.INFO):
+            return
+        fields: dict[str, Any] = {"request_id": call.request_id, "rpc": call.rpc, "code": code}
+        if error is not None:
+            fields["reason"] = error.reason
+        if call.action is not None:
+            fields |= {
+                "action": call.action.value,
+                "policy": call.policy,
+                "fired": sorted(call.fired),
+                "verdicts": call.verdicts,
+                "verdict_id": call.verdict_id,
+                "from_cache": call.from_cache,
+                "computed_tokens": call.computed_tokens,
+                "cached_tokens": call.cached_tokens,
+                "queue_s": round(call.queue_s, 6),
+                "inference_s": round(call.inference_s, 6),
+            }
+        fields |= {"request_bytes": call.size, "total_s": round(total_s, 6)}
+        LOG.info("call", extra={FIELDS: fields})
+
+
+def _tolerant(decode: Callable[[bytes], Message], rpc: str) -> Callable[[bytes], object]:
+    """A decoder that hands on a stand-in for what it cannot decode: gRPC would say INTERNAL."""
+
+    def tolerant(data: bytes) -> object:
+        try:
+            return decode(data)
+        except (DecodeError, RecursionError):
+            return _Malformed(rpc)
+
+    return tolerant
+
+
+def _decoded(request: object) -> object:
+    if isinstance(request, _Malformed):
+        raise InvalidRequest(
+            f"the request is not a valid {request.name}Request in protobuf encoding "
+            "(all text must be UTF-8)"
+        )
+    return request
+
+
+async def _each_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
+
+
+def _request_id(offered: str | bytes | None) -> str:
+    """The caller's id if it is short and plain, else one of ours."""
+    if isinstance(offered, str) and REQUEST_ID.fullmatch(offered):
+        return offered
+    return uuid.uuid4().hex
+
+
+async def _abort(context: Context, error: GuardError, request_id: str) -> None:
+    details = status_of(error, request_id).SerializeToString()
+    await context.abort(
+        error.code,
+        str(error),
+        (("grpc-status-details-bin", details), ("x-request-id", request_id)),
+    )

@@ -1,0 +1,137 @@
+"""Every metric's name and help, and the small HTTP server that shows them beside the probes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+ITEMS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The service's metrics in a registry of their own.
+
+    Labels take few values: names of RPCs, codes and actions are fixed, policies and categories are
+    those that are loaded.
+    """
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"guard_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"guard_{name}", text, labels, registry=registry)
+
+        def histogram(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
+        ) -> Histogram:
+            return Histogram(f"guard_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self.requests = counter("requests", "Calls that ended.", "rpc", "code")
+        self.request_seconds = histogram("request_seconds", "Time of a whole call.", "rpc")
+        self.in_flight = gauge("in_flight", "Calls in progress.", "rpc")
+        self.verdicts = counter(
+            "verdicts", "Verdicts by what they say.", "action", "direction", "policy"
+        )
+        self.shadow_verdicts = counter(
+            "shadow_verdicts", "What policies in shadow mode would have done.", "action", "policy"
+        )
+        self.fired = counter("categories_fired", "Rules that fired.", "category", "direction")
+        self.errors = counter(
+            "judgement_errors", "Conversations that got no verdict, by reason.", "reason"
+        )
+        self.tokenize_seconds = histogram("tokenize_seconds", "Assembling a prompt.")
+        self.queue_seconds = histogram("queue_seconds", "Waiting for the engine.")
+        self.inference_seconds = histogram("inference_seconds", "One run of the engine.")
+        self.batch_items = histogram("batch_items", "Prompts in one run.", buckets=ITEMS)
+        self.tokens = counter(
+            "tokens", "Tokens of prompts: computed, or taken from a cache.", "how"
+        )
+        self.prefix_hits = counter("prefix_cache", "Prompts by use of the prefix cache.", "result")
+        self.cache_hits = counter("verdict_cache", "Questions to the verdict cache.", "result")
+        self.cache_entries = gauge("verdict_cache_entries", "Verdicts remembered.")
+        self.queue_items = gauge("queue_items", "Prompts that wait for the engine.")
+        self.queue_tokens = gauge("queue_tokens", "Tokens that wait for the engine.")
+        self.model_info = gauge(
+            "model_info", "The loaded model.", "name", "digest", "engine", "template"
+        )
+        self.policy_info = gauge(
+            "policy_info", "The loaded policies.", "name", "version", "digest", "mode"
+        )
+        self.started = gauge("started_timestamp_seconds", "When the service began to serve.")
+        self.ready = gauge("ready", "1 while the service takes calls.")
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What the HTTP probes ask."""
+
+    live: Callable[[], bool]
+    ready: Callable[[], bool]
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10  # a client that sends nothing does not keep its thread
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Scrapes and probes are not worth a line."""
+
+
+def application(
+    metrics: Metrics, probes: Probes
+) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
+    """The WSGI application of /metrics, /livez and /readyz."""
+    exposition = make_wsgi_app(metrics.registry)
+    answers = {"/livez": (probes.live, "live"), "/readyz": (probes.ready, "ready")}
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            shown: Iterable[bytes] = exposition(environ, start_response)
+            return shown
+        if path in answers:
+            ask, word = answers[path]
+            status, body = ("200 OK", word) if ask() else ("503 Service Unavailable", f"not {word}")
+        else:
+            status, body = "404 Not Found", "there are /metrics, /livez and /readyz"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{body}\n".encode()]
+
+    return app
+
+
+class HttpServer:
+    """Serves the application from a thread."""
+
+    def __init__(self, host: str, port: int, metrics: Metrics, probes: Probes) -> None:
+        """Bind; raises OSError when that fails."""
+        self._server = make_server(
+            host, port, application(metrics, probes), ThreadingWSGIServer, handler_class=_Handler
+        )
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="guard-metrics", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The bound port."""
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,309 @@
+"""The one road from a conversation to a verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from guard_policies.assessment import Direction
+from guard_policies.decide import Decision, decide
+from guard_policies.schema import ANY_ENGINE, Policy, Unscannable
+from guard_policies.taxonomy import LLAMA_GUARD_3
+from guard_service.batcher import Batcher, Ran
+from guard_service.cache import LruCache, SingleFlight, key_of
+from guard_service.conversation import Conversation, Image, Message, Role, Text, ToolCall
+from guard_service.engines import Assessed, Engine, ModelCard
+from guard_service.errors import (
+    ConversationTooLong,
+    DeadlineExceeded,
+    EngineFailed,
+    GuardError,
+    InvalidRequest,
+    PolicyNotSupported,
+    UnknownPolicy,
+)
+from guard_service.errors import Unscannable as UnscannableError
+from guard_service.metrics import Metrics
+from guard_service.prompt import BuiltPrompt, InvalidConversation
+
+LOG = logging.getLogger(__name__)
+LANGUAGE_TAG = re.compile(r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,7}")
+INLINE_CHARS = 2_000  # a text this short is tokenized faster than a thread is woken for it
+BUILDERS = 2  # threads that assemble longer prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a conversation is held to."""
+
+    conversation_tokens: int
+    conversation_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict and all that is told about it. Times are in seconds."""
+
+    id: str
+    decision: Decision
+    policy: Policy
+    model: ModelCard
+    built: BuiltPrompt
+    window_scores: tuple[float, ...]
+    from_cache: bool
+    total_s: float
+    tokenize_s: float
+    queue_s: float
+    inference_s: float
+    computed_tokens: int
+    cached_tokens: int
+
+
+class Moderator:
+    """Judges conversations with one engine under named policies. For one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batcher: Batcher,
+        policies: Mapping[str, Policy],
+        default_policy: str,
+        bounds: Bounds,
+        cache_entries: int,
+        metrics: Metrics,
+    ) -> None:
+        self.card = engine.card
+        self.policies = dict(policies)
+        self.default_policy = default_policy
+        self._builder = engine.prompt_builder()
+        self._batcher = batcher
+        self._bounds = bounds
+        self._cache: LruCache[tuple[Assessed, ...]] = LruCache(cache_entries)
+        self._caches = cache_entries > 0
+        self._flights: SingleFlight[Ran] = SingleFlight()
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(BUILDERS, thread_name_prefix="guard-prompt")
+        self._own = tuple(c for c in LLAMA_GUARD_3 if c.code in self.card.categories)
+        metrics.cache_entries.set_function(lambda: len(self._cache))
+
+    def policy(self, name: str) -> Policy:
+        """The policy of that name, the default one for an empty name.
+
+        Raises UnknownPolicy, and PolicyNotSupported when the model cannot serve it.
+        """
+        policy = self.policies.get(name or self.default_policy)
+        if policy is None:
+            raise UnknownPolicy("no policy of that name is loaded; ListPolicies lists them")
+        if problem := unsupported(policy, self.card):
+            raise _for_policy(PolicyNotSupported(problem), policy, None)
+        return policy
+
+    async def judge(
+        self,
+        conversation: Conversation,
+        policy: Policy,
+        language: str,
+        timeout_s: float,
+        no_cache: bool = False,
+    ) -> Judgement:
+        """Judge the last turn. Raises GuardError when there is no verdict."""
+        direction = _direction(conversation)
+        try:
+            async with asyncio.timeout(timeout_s):
+                judgement = await self._judge(conversation, policy, language, timeout_s, no_cache)
+        except TimeoutError:
+            error: GuardError = DeadlineExceeded("the deadline passed before there was a verdict")
+            raise self._counted(_for_policy(error, policy, direction)) from None
+        except GuardError as error:
+            raise self._counted(_for_policy(error, policy, direction)) from None
+        self._count(judgement)
+        return judgement
+
+    def close(self) -> None:
+        """Stop the threads that assemble prompts."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _judge(
+        self,
+        conversation: Conversation,
+        policy: Policy,
+        language: str,
+        timeout_s: float,
+        no_cache: bool,
+    ) -> Judgement:
+        arrived = time.perf_counter()
+        if language and not LANGUAGE_TAG.fullmatch(language):
+            raise InvalidRequest("language: must be a BCP 47 tag such as de or pt-BR, or empty")
+        built = await self._built(conversation, policy)
+        assembled = time.perf_counter()
+        unscannable = not all(part.judged for part in built.parts)
+        if unscannable and policy.on_unscannable(built.direction) is Unscannable.ERROR:
+            raise UnscannableError(_cannot_judge(built, self.card))
+        patience_s = timeout_s - (assembled - arrived)
+        ran, from_cache = await self._assessed(built, policy, language, patience_s, no_cache)
+        try:
+            decisions = [
+                decide(policy, result.assessment, built.direction, language, unscannable)
+                for result in ran.results
+            ]
+        except ValueError as error:  # scores that are no probabilities
+            LOG.exception("the engine's scores cannot be used")
+            raise EngineFailed("the engine gave scores that cannot be used") from error
+        return Judgement(
+            id=uuid.uuid4().hex,
+            decision=max(decisions, key=_gravity),
+            policy=policy,
+            model=self.card,
+            built=built,
+            window_scores=tuple(decision.unsafe_score for decision in decisions),
+            from_cache=from_cache,
+            total_s=time.perf_counter() - arrived,
+            tokenize_s=assembled - arrived,
+            queue_s=ran.queue_s,
+            inference_s=ran.inference_s,
+            computed_tokens=0 if from_cache else sum(r.computed_tokens for r in ran.results),
+            cached_tokens=0 if from_cache else sum(r.cached_tokens for r in ran.results),
+        )
+
+    async def _built(self, conversation: Conversation, policy: Policy) -> BuiltPrompt:
+        """The prompts. A model with fixed categories gets all of them, whatever the policy judges:
+        its policies then share their prefixes."""
+        chars = sum(map(len, _texts(conversation)))
+        bounds = self._bounds
+        if chars > bounds.conversation_chars:
+            raise ConversationTooLong(
+                f"the conversation has more than {bounds.conversation_chars} characters; send less"
+            )
+        direction = _direction(conversation)
+        judged = policy.judged(direction) if self.card.custom_categories else ()
+        categories = judged or self._own
+        try:
+            if chars <= INLINE_CHARS:
+                built = self._builder.build(conversation, categories)
+            else:
+                built = await asyncio.get_running_loop().run_in_executor(
+                    self._threads, self._builder.build, conversation, categories
+                )
+        except InvalidConversation as error:
+            raise InvalidRequest(str(error)) from None
+        if built.conversation_tokens > bounds.conversation_tokens:
+            raise ConversationTooLong(
+                f"the conversation has {built.conversation_tokens} tokens, over the limit of "
+                f"{bounds.conversation_tokens}; send less of it"
+            )
+        return built
+
+    async def _assessed(
+        self,
+        built: BuiltPrompt,
+        policy: Policy,
+        language: str,
+        patience_s: float,
+        no_cache: bool,
+    ) -> tuple[Ran, bool]:
+        """What the engine finds, and whether another request had asked for it."""
+        if no_cache or not self._caches:
+            return await self._batcher.assess(built.prompts, patience_s), False
+        key = key_of(self.card.digest, policy.digest, built.direction, language, built.prompts)
+        if (results := self._cache.get(key)) is not None:
+            self._metrics.cache_hits.labels("hit").inc()
+            return Ran(results, 0.0, 0.0), True
+
+        async def compute() -> Ran:
+            ran = await self._batcher.assess(built.prompts, patience_s)
+            self._cache.put(key, ran.results)
+            return ran
+
+        ran, joined = await self._flights.run(key, compute)
+        self._metrics.cache_hits.labels("joined" if joined else "miss").inc()
+        return (Ran(ran.results, 0.0, 0.0), True) if joined else (ran, False)
+
+    def _counted(self, error: GuardError) -> GuardError:
+        self._metrics.errors.labels(error.reason).inc()
+        return error
+
+    def _count(self, judgement: Judgement) -> None:
+        metrics, decision = self._metrics, judgement.decision
+        direction = judgement.built.direction.value
+        name = judgement.policy.name
+        metrics.verdicts.labels(decision.action.value, direction, name).inc()
+        if decision.shadow_action is not None:
+            metrics.shadow_verdicts.labels(decision.shadow_action.value, name).inc()
+        for outcome in decision.outcomes:
+            if outcome.fired:
+                metrics.fired.labels(outcome.category.code, direction).inc()
+        metrics.tokenize_seconds.observe(judgement.tokenize_s)
+        if not judgement.from_cache:
+            metrics.queue_seconds.observe(judgement.queue_s)
+            metrics.tokens.labels("computed").inc(judgement.computed_tokens)
+            metrics.tokens.labels("prefix_cache").inc(judgement.cached_tokens)
+            metrics.prefix_hits.labels("hit" if judgement.cached_tokens else "miss").inc()
+
+
+def unsupported(policy: Policy, card: ModelCard) -> str:
+    """Why the model cannot serve the policy; empty when it can."""
+    if policy.engine not in (ANY_ENGINE, card.engine, card.name):
+        return f"policy {policy.name} wants engine {policy.engine}, not {card.name}"
+    if card.custom_categories:
+        return ""
+    unknown = [c.code for c in policy.categories if c.code not in card.categories]
+    if unknown:
+        return (
+            f"policy {policy.name} judges {', '.join(unknown)}, which model {card.name} "
+            "does not know; drop them or load another model"
+        )
+    if policy.custom:
+        return (
+            f"policy {policy.name} brings its own wording of categories, and those of model "
+            f"{card.name} are fixed; drop it or load another model"
+        )
+    return ""
+
+
+def _for_policy(error: GuardError, policy: Policy, direction: Direction | None) -> GuardError:
+    """The error with what the policy wants done then: the severer one of an unknown direction."""
+    directions = (direction,) if direction else tuple(Direction)
+    actions = [policy.on_unavailable(direction) for direction in directions]
+    error.on_unavailable = max(actions, key=lambda action: action.severity).value
+    return error
+
+
+def _direction(conversation: Conversation) -> Direction:
+    last = conversation.messages[-1:]
+    return Direction.RESPONSE if last and last[0].is_response else Direction.PROMPT
+
+
+def _gravity(decision: Decision) -> tuple[int, float]:
+    action = decision.shadow_action or decision.action
+    return action.severity, decision.unsafe_score
+
+
+def _cannot_judge(built: BuiltPrompt, card: ModelCard) -> str:
+    kinds = sorted({part.kind for part in built.parts if not part.judged})
+    why = "" if card.judges_images else f": model {card.name} is text-only"
+    return f"cannot judge {' or '.join(f'{kind}s' for kind in kinds)}{why}"
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        for part in message.parts:
+            match part:
+                case ToolCall():
+                    yield part.name
+                    yield part.arguments
+                case Image():
+                    pass
+                case _:
+                    yield part.text
+
+
+def with_reply(conversation: Conversation, pieces: Sequence[str]) -> Conversation:
+    """The conversation with the wrapped model's reply so far as its last turn."""
+    reply = Message(Role.ASSISTANT, (Text("".join(pieces)),))
+    return Conversation((*conversation.messages, reply))

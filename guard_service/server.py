@@ -1,0 +1,255 @@
+"""The server: start, health, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from guard_api.v1 import guard_pb2_grpc
+from guard_policies.loader import builtin_policies, load_policies
+from guard_policies.schema import Policy
+from guard_service.batcher import Batcher
+from guard_service.batcher import Limits as QueueLimits
+from guard_service.config import Settings
+from guard_service import engines
+from guard_service.engines import Engine
+from guard_service.errors import PolicyNotSupported, UnknownPolicy
+from guard_service.health import Health
+from guard_service.interceptors import SERVICE, Door, State
+from guard_service.metrics import HttpServer, Metrics, Probes
+from guard_service.moderation import Bounds, Moderator, unsupported
+from guard_service.servicer import Servicer
+
+LOG = logging.getLogger(__name__)
+FLUSH_S = 1.0  # after the last verdict: for its bytes to leave
+JOIN_S = 5.0
+
+
+class GuardServer:
+    """One engine behind gRPC. All methods belong to one event loop."""
+
+    def __init__(self, settings: Settings, engine: Engine, policies: Mapping[str, Policy]) -> None:
+        """Raises UnknownPolicy or PolicyNotSupported when the default policy cannot be served."""
+        self.settings = settings
+        self.address = ""
+        self.metrics_port = 0
+        self._engine = engine
+        self._metrics = Metrics()
+        self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes)
+        self._health = Health(("", SERVICE))
+        self._batcher = Batcher(
+            engine,
+            QueueLimits(
+                queue_items=settings.max_queue_items,
+                queue_tokens=settings.max_queue_tokens,
+                batch_items=settings.batch_items,
+                batch_tokens=settings.batch_tokens,
+                engine_timeout_s=settings.engine_timeout_s,
+            ),
+            on_health=self._worker_answers,
+            on_run=self._ran,
+        )
+        self._moderator = Moderator(
+            engine,
+            self._batcher,
+            policies,
+            settings.default_policy,
+            Bounds(settings.max_conversation_tokens, settings.max_conversation_chars),
+            settings.cache_entries,
+            self._metrics,
+        )
+        _check_policies(self._moderator)
+        self._server: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
+        self._live = True
+
+    async def start(self) -> None:
+        """Bind, check the model against its golden prompts, then take calls.
+
+        Raises OSError when an address is taken and EngineFailed when the model scores otherwise
+        than recorded.
+        """
+        started_at = Timestamp()
+        started_at.FromNanoseconds(time.time_ns())
+        self._describe(started_at)
+        if self.settings.metrics:
+            self._http = self._serve_http()
+        self._server = await self._bound(Servicer(self._moderator, self.settings, started_at))
+        await self._server.start()
+        self._batcher.start()
+        try:
+            await asyncio.to_thread(self._engine.self_test)
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        self._open(State.OPEN)
+
+    async def stop(self, grace_s: float) -> bool:
+        """Drain: refuse new calls, finish the accepted ones, at most for `grace_s`, then close.
+
+        False when calls had to be ended. May be called again; the later call waits for nothing.
+        """
+        self._open(State.DRAINING)
+        drained = await self._door.drained(grace_s)
+        if self._server is not None:
+            await self._server.stop(FLUSH_S if grace_s else 0.0)
+            self._server = None
+        await self._batcher.close()
+        self._moderator.close()
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
+            self._http = None
+        self._live = False
+        return drained
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        if self._server is not None:
+            await self._server.wait_for_termination()
+
+    async def _bound(self, servicer: Servicer) -> grpc.aio.Server:
+        settings = self.settings
+        server = grpc.aio.server(interceptors=(self._door,), options=_options(settings))
+        guard_pb2_grpc.add_GuardServiceServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        try:
+            if settings.tls_cert is None:
+                port = server.add_insecure_port(settings.address)
+            else:
+                port = server.add_secure_port(settings.address, _credentials(settings))
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise OSError(f"cannot listen on {settings.address}: taken, or not allowed")
+        unix = settings.host.startswith("unix:")
+        self.address = settings.host if unix else replace(settings, port=port).address
+        return server
+
+    def _open(self, state: State) -> None:
+        if self._door.state is State.DRAINING:
+            return
+        self._door.state = state
+        self._health.set(state is State.OPEN)
+        self._metrics.ready.set(state is State.OPEN)
+
+    def _worker_answers(self, healthy: bool) -> None:
+        self._open(State.OPEN if healthy else State.STUCK)
+
+    def _ran(self, items: int, seconds: float) -> None:
+        self._metrics.batch_items.observe(items)
+        self._metrics.inference_seconds.observe(seconds)
+
+    def _serve_http(self) -> HttpServer:
+        settings = self.settings
+        probes = Probes(live=self._answers, ready=lambda: self._door.state is State.OPEN)
+        http = HttpServer(settings.metrics_host, settings.metrics_port, self._metrics, probes)
+        self.metrics_port = http.port
+        return http
+
+    def _answers(self) -> bool:
+        """Liveness: a worker that died does not come back, so the process must be replaced."""
+        return self._live and self._door.state is not State.STUCK
+
+    def _describe(self, started_at: Timestamp) -> None:
+        card, metrics = self._engine.card, self._metrics
+        metrics.model_info.labels(card.name, card.digest, card.engine, card.template).set(1)
+        for policy in self._moderator.policies.values():
+            metrics.policy_info.labels(
+                policy.name, policy.version, policy.digest, policy.mode.value
+            ).set(1)
+        metrics.queue_items.set_function(lambda: self._batcher.queued_items)
+        metrics.queue_tokens.set_function(lambda: self._batcher.queued_tokens)
+        metrics.started.set(started_at.ToNanoseconds() / 1e9)
+        metrics.ready.set(0)
+
+
+def loaded_policies(settings: Settings) -> dict[str, Policy]:
+    """The built-in policies and those of the settings' folders; raises PolicyError."""
+    return {**builtin_policies(), **load_policies(settings.policies)}
+
+
+def _check_policies(moderator: Moderator) -> None:
+    """Refuse a default policy that cannot be served, warn of others."""
+    moderator.policy("")
+    for policy in moderator.policies.values():
+        if problem := unsupported(policy, moderator.card):
+            LOG.warning("requests for it are refused: %s", problem)
+
+
+def _options(settings: Settings) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+        ("grpc.max_concurrent_streams", settings.max_calls),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.keepalive_time_ms", 60_000),  # finds dead peers
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more pings are abuse
+        ("grpc.http2.max_ping_strikes", 5),
+        ("grpc.max_connection_idle_ms", 30 * 60_000),
+        ("grpc.max_connection_age_ms", 30 * 60_000),  # lets load balancers spread anew
+        ("grpc.max_connection_age_grace_ms", 5 * 60_000),
+    ]
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials:
+    assert settings.tls_cert and settings.tls_key
+    client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
+    return grpc.ssl_server_credentials(
+        [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
+        root_certificates=client_ca,
+        require_client_auth=client_ca is not None,
+    )
+
+
+@contextmanager
+def local_server(settings: Settings) -> Iterator[str]:
+    """A server on a private unix socket, in a thread of this process; yields the gRPC target."""
+    with tempfile.TemporaryDirectory(prefix="guard-") as folder:  # readable by this user only
+        private = replace(
+            settings,
+            host=f"unix:{Path(folder) / 'socket'}",
+            metrics=False,
+            tls_cert=None,
+            tls_key=None,
+            tls_client_ca=None,
+        )
+        engine = engines.open_engine(private.model, private.threads)
+        try:
+            server = GuardServer(private, engine, loaded_policies(private))
+            with _in_thread(server):
+                yield server.address
+        finally:
+            engine.close()
+
+
+@contextmanager
+def _in_thread(server: GuardServer) -> Iterator[None]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="guard-server", daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+        try:
+            yield
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(JOIN_S), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(JOIN_S)
+        loop.close()

@@ -1,0 +1,137 @@
+"""The contract's five calls: from the wire to the domain and back; no decision is taken here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from guard_api.v1 import guard_pb2, guard_pb2_grpc
+from guard_service import __version__
+from guard_service.config import Settings
+from guard_service.errors import BatchTooLarge, GuardError, InternalError
+from guard_service.interceptors import CALL
+from guard_service.moderation import Judgement, Moderator
+from guard_service.stream import StreamBounds, judged
+from guard_service.wire import (
+    Sizes,
+    conversation_of,
+    duration_of,
+    item_error_of,
+    model_info_of,
+    policy_summary_of,
+    verdict_of,
+)
+
+LOG = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Servicer(guard_pb2_grpc.GuardServiceServicer):
+    """GuardService."""
+
+    moderator: Moderator
+    settings: Settings
+    started_at: Timestamp
+
+    async def Classify(
+        self, request: guard_pb2.ClassifyRequest, context: Context
+    ) -> guard_pb2.ClassifyResponse:
+        """Judge the last turn of one conversation."""
+        judgement = await self._judge(request, self._timeout_s(context))
+        return guard_pb2.ClassifyResponse(verdict=verdict_of(judgement))
+
+    async def ClassifyBatch(
+        self, request: guard_pb2.ClassifyBatchRequest, context: Context
+    ) -> guard_pb2.ClassifyBatchResponse:
+        """Judge many, item by item: one that fails does not fail the others."""
+        limit = self.settings.max_batch_items
+        if len(request.requests) > limit:
+            raise BatchTooLarge(f"{len(request.requests)} requests are over the limit of {limit}")
+        timeout_s = self._timeout_s(context)
+        results = await asyncio.gather(*(self._item(item, timeout_s) for item in request.requests))
+        return guard_pb2.ClassifyBatchResponse(results=results)
+
+    async def ClassifyStream(
+        self, request_iterator: AsyncIterator[guard_pb2.ClassifyStreamRequest], context: Context
+    ) -> None:
+        """Judge a reply while it grows."""
+        settings = self.settings
+        bounds = StreamBounds(self._sizes, settings.max_conversation_chars, settings.stream_idle_s)
+        async for covered in judged(
+            request_iterator, self.moderator, bounds, lambda: self._timeout_s(context)
+        ):
+            CALL.get().note(covered.judgement)
+            await context.write(
+                guard_pb2.ClassifyStreamResponse(
+                    verdict=verdict_of(covered.judgement),
+                    covered_chars=covered.chars,
+                    final=covered.final,
+                )
+            )
+
+    async def ListPolicies(
+        self, request: guard_pb2.ListPoliciesRequest, context: Context
+    ) -> guard_pb2.ListPoliciesResponse:
+        """The policies that requests may name."""
+        policies = sorted(self.moderator.policies.items())
+        return guard_pb2.ListPoliciesResponse(
+            policies=[policy_summary_of(policy) for _, policy in policies],
+            default_policy=self.moderator.default_policy,
+        )
+
+    async def GetInfo(
+        self, request: guard_pb2.GetInfoRequest, context: Context
+    ) -> guard_pb2.GetInfoResponse:
+        """What is running."""
+        settings = self.settings
+        return guard_pb2.GetInfoResponse(
+            version=__version__,
+            models=[model_info_of(self.moderator.card)],
+            limits=guard_pb2.Limits(
+                max_message_bytes=settings.max_message_bytes,
+                max_batch_items=settings.max_batch_items,
+                max_conversation_tokens=settings.max_conversation_tokens,
+                max_messages=settings.max_messages,
+                default_deadline=duration_of(settings.default_deadline_s),
+            ),
+            started_at=self.started_at,
+        )
+
+    async def _judge(self, request: guard_pb2.ClassifyRequest, timeout_s: float) -> Judgement:
+        policy = self.moderator.policy(request.policy)
+        conversation = conversation_of(request.conversation, self._sizes)
+        judgement = await self.moderator.judge(
+            conversation, policy, request.language, timeout_s, request.no_cache
+        )
+        CALL.get().note(judgement)
+        return judgement
+
+    async def _item(
+        self, request: guard_pb2.ClassifyRequest, timeout_s: float
+    ) -> guard_pb2.ClassifyResult:
+        try:
+            judgement = await self._judge(request, timeout_s)
+            return guard_pb2.ClassifyResult(verdict=verdict_of(judgement))
+        except GuardError as error:
+            return guard_pb2.ClassifyResult(error=item_error_of(error))
+        except Exception:
+            LOG.exception("a batch item failed")
+            error = InternalError("a defect of the service; its logs tell more")
+            return guard_pb2.ClassifyResult(error=item_error_of(error))
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.settings.max_messages, self.settings.max_parts)
+
+    def _timeout_s(self, context: Context) -> float:
+        remaining = context.time_remaining()
+        if remaining is None:
+            return self.settings.default_deadline_s
+        return min(max(remaining, 0.0), self.settings.max_deadline_s)

@@ -1,0 +1,116 @@
+"""A growing reply: steps of a ClassifyStream in, verdicts out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from guard_api.v1 import guard_pb2
+from guard_service.errors import ConversationTooLong, DeadlineExceeded, GuardError, InvalidStream
+from guard_service.moderation import Judgement, Moderator, with_reply
+from guard_service.wire import Sizes, conversation_of
+
+PIECES_AHEAD = 64  # pieces read while a verdict is being made; then the caller has to wait
+
+Steps = AsyncIterator[guard_pb2.ClassifyStreamRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBounds:
+    """What a stream is held to."""
+
+    sizes: Sizes
+    reply_chars: int
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """A verdict on the first `chars` code points of the reply."""
+
+    judgement: Judgement
+    chars: int
+    final: bool
+
+
+async def judged(
+    steps: Steps, moderator: Moderator, bounds: StreamBounds, timeout_s: Callable[[], float]
+) -> AsyncIterator[Covered]:
+    """Verdicts at the policy's cadence, where a piece asks for one, and on the whole reply.
+
+    Pieces that arrive while a verdict is being made are judged together, up to one that asks for a
+    check. The policy is the one that was loaded at the start. Raises GuardError; steps out of order
+    are InvalidStream, and so is a stream that closes before its end.
+    """
+    start = await _started(steps, bounds.idle_s)
+    policy = moderator.policy(start.policy)
+    conversation = conversation_of(start.conversation, bounds.sizes)
+    queue: asyncio.Queue[guard_pb2.StreamPiece | GuardError] = asyncio.Queue(PIECES_AHEAD)
+    reader = asyncio.create_task(_read(steps, queue))
+    reply: list[str] = []
+    chars = covered = 0
+    try:
+        while True:
+            last = await _take(queue, reply, bounds.idle_s)
+            chars = sum(map(len, reply))
+            reply[:] = ["".join(reply)]
+            if chars > bounds.reply_chars:
+                raise ConversationTooLong(f"the reply is over {bounds.reply_chars} characters")
+            if last.check or last.end or chars - covered >= policy.stream.check_every_chars:
+                judgement = await moderator.judge(
+                    with_reply(conversation, reply),
+                    policy,
+                    start.language,
+                    timeout_s(),
+                    no_cache=not last.end,  # a reply half-way is not asked for again
+                )
+                covered = chars
+                yield Covered(judgement, covered, last.end)
+            if last.end:
+                return
+    finally:
+        reader.cancel()
+
+
+async def _started(steps: Steps, idle_s: float) -> guard_pb2.StreamStart:
+    try:
+        async with asyncio.timeout(idle_s):
+            first = await anext(steps, None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"the stream did not start within {idle_s:g} s") from None
+    if first is None or first.WhichOneof("step") != "start":
+        raise InvalidStream("the first step must be a start")
+    return first.start
+
+
+async def _take(
+    queue: asyncio.Queue[guard_pb2.StreamPiece | GuardError], reply: list[str], idle_s: float
+) -> guard_pb2.StreamPiece:
+    """Add what has arrived to the reply, at least one piece; the last of them."""
+    try:
+        async with asyncio.timeout(idle_s):
+            piece = await queue.get()
+    except TimeoutError:
+        raise DeadlineExceeded(f"the stream sent nothing for {idle_s:g} s") from None
+    while True:
+        if isinstance(piece, GuardError):
+            raise piece
+        reply.append(piece.text)
+        if piece.check or piece.end or queue.empty():
+            return piece
+        piece = queue.get_nowait()
+
+
+async def _read(steps: Steps, queue: asyncio.Queue[guard_pb2.StreamPiece | GuardError]) -> None:
+    """Feed the queue up to the end of the reply, or the first mistake."""
+    try:
+        async for step in steps:
+            if step.WhichOneof("step") != "piece":
+                raise InvalidStream("after the start, every step must be a piece")
+            await queue.put(step.piece)
+            if step.piece.end:
+                return
+        raise InvalidStream("the stream closed before a piece with end = true")
+    except GuardError as error:
+        await queue.put(error)

@@ -1,0 +1,223 @@
+"""Messages of the contract to domain types and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+
+from guard_api.v1 import guard_pb2, verdict_pb2
+from guard_policies.assessment import Action, Direction
+from guard_policies.schema import Mode, Policy
+from guard_service.conversation import (
+    Conversation,
+    Image,
+    Message,
+    Part,
+    Role,
+    Text,
+    ToolCall,
+    ToolResult,
+)
+from guard_service.engines import ModelCard
+from guard_service.errors import GuardError, InvalidRequest
+from guard_service.moderation import Judgement
+from guard_service.prompt import PartReport
+
+ROLES: Mapping[int, Role] = {
+    guard_pb2.ROLE_USER: Role.USER,
+    guard_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+    guard_pb2.ROLE_SYSTEM: Role.SYSTEM,
+    guard_pb2.ROLE_TOOL: Role.TOOL,
+}
+ACTIONS = {
+    Action.ALLOW: verdict_pb2.ACTION_ALLOW,
+    Action.FLAG: verdict_pb2.ACTION_FLAG,
+    Action.BLOCK: verdict_pb2.ACTION_BLOCK,
+}
+DIRECTIONS = {
+    Direction.PROMPT: verdict_pb2.DIRECTION_PROMPT,
+    Direction.RESPONSE: verdict_pb2.DIRECTION_RESPONSE,
+}
+KINDS = {
+    "text": verdict_pb2.PART_KIND_TEXT,
+    "image": verdict_pb2.PART_KIND_IMAGE,
+    "tool_call": verdict_pb2.PART_KIND_TOOL_CALL,
+    "tool_result": verdict_pb2.PART_KIND_TOOL_RESULT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many messages and parts a conversation may have."""
+
+    messages: int
+    parts: int
+
+
+def conversation_of(message: guard_pb2.Conversation, sizes: Sizes) -> Conversation:
+    """The conversation; raises InvalidRequest that names the place and what to do."""
+    if not message.messages:
+        raise InvalidRequest("conversation.messages: is empty; send at least one message")
+    if len(message.messages) > sizes.messages:
+        raise InvalidRequest(
+            f"conversation.messages: {len(message.messages)} are over the limit of {sizes.messages}"
+        )
+    parts = sum(len(turn.parts) for turn in message.messages)
+    if parts > sizes.parts:
+        raise InvalidRequest(f"conversation: {parts} parts are over the limit of {sizes.parts}")
+    return Conversation(tuple(_message(turn, i) for i, turn in enumerate(message.messages)))
+
+
+def _message(message: guard_pb2.Message, index: int) -> Message:
+    place = f"conversation.messages[{index}]"
+    role = ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest(f"{place}.role: must be user, assistant, system or tool")
+    if not message.parts:
+        raise InvalidRequest(f"{place}.parts: is empty; send at least one part")
+    return Message(
+        role, tuple(_part(p, role, f"{place}.parts[{i}]") for i, p in enumerate(message.parts))
+    )
+
+
+def _part(part: guard_pb2.Part, role: Role, place: str) -> Part:
+    match part.WhichOneof("content"):
+        case "text":
+            return Text(part.text)
+        case "image":
+            return _image(part.image, place)
+        case "tool_call" if role is not Role.ASSISTANT:
+            raise InvalidRequest(f"{place}.tool_call: belongs in messages of the assistant only")
+        case "tool_call":
+            call = part.tool_call
+            return ToolCall(call.name, call.arguments, call.id)
+        case "tool_result":
+            return ToolResult(part.tool_result.text, part.tool_result.tool_call_id)
+        case _:
+            raise InvalidRequest(
+                f"{place}.content: is not set, or of a kind that this server does not know"
+            )
+
+
+def _image(image: guard_pb2.Image, place: str) -> Image:
+    match image.WhichOneof("source"):
+        case "data":
+            return Image(data=image.data, mime_type=image.mime_type)
+        case "uri":
+            return Image(uri=image.uri, mime_type=image.mime_type)
+        case _:
+            raise InvalidRequest(f"{place}.image.source: is not set; send data or uri")
+
+
+def verdict_of(judgement: Judgement) -> verdict_pb2.Verdict:
+    """The verdict as the contract has it."""
+    decision, built = judgement.decision, judgement.built
+    verdict = verdict_pb2.Verdict(
+        action=ACTIONS[decision.action],
+        unsafe_score=decision.unsafe_score,
+        categories=[
+            verdict_pb2.CategoryResult(
+                code=outcome.category.code,
+                name=outcome.category.name,
+                score=outcome.score,
+                threshold=outcome.threshold,
+                fired=outcome.fired,
+                action=ACTIONS[outcome.action],
+            )
+            for outcome in decision.outcomes
+        ],
+        direction=DIRECTIONS[built.direction],
+        model=verdict_pb2.ModelRef(name=judgement.model.name, digest=judgement.model.digest),
+        policy=policy_ref_of(judgement.policy),
+        coverage=_coverage(judgement),
+        timing=_timing(judgement),
+        verdict_id=judgement.id,
+        from_cache=judgement.from_cache,
+        joint=decision.joint,
+    )
+    if decision.shadow_action is not None:
+        verdict.shadow_action = ACTIONS[decision.shadow_action]
+    return verdict
+
+
+def _coverage(judgement: Judgement) -> verdict_pb2.Coverage:
+    built = judgement.built
+    return verdict_pb2.Coverage(
+        complete=all(part.judged for part in built.parts),
+        parts=[_part_coverage(part) for part in built.parts],
+        windows=[
+            verdict_pb2.Window(first_token=first, end_token=end, unsafe_score=score)
+            for (first, end), score in zip(built.windows, judgement.window_scores, strict=True)
+        ],
+        conversation_tokens=built.conversation_tokens,
+    )
+
+
+def _part_coverage(part: PartReport) -> verdict_pb2.PartCoverage:
+    state = verdict_pb2.PART_STATE_JUDGED if part.judged else verdict_pb2.PART_STATE_NOT_JUDGED
+    return verdict_pb2.PartCoverage(
+        message_index=part.message_index,
+        part_index=part.part_index,
+        kind=KINDS[part.kind],
+        state=state,
+        reason=part.reason,
+        neutralised=part.neutralised,
+    )
+
+
+def _timing(judgement: Judgement) -> verdict_pb2.Timing:
+    return verdict_pb2.Timing(
+        total=duration_of(judgement.total_s),
+        queue=duration_of(judgement.queue_s),
+        tokenize=duration_of(judgement.tokenize_s),
+        inference=duration_of(judgement.inference_s),
+        computed_tokens=judgement.computed_tokens,
+        cached_tokens=judgement.cached_tokens,
+    )
+
+
+def duration_of(seconds: float) -> Duration:
+    """A protobuf Duration."""
+    whole, nanos = divmod(int(seconds * 1e9), 1_000_000_000)
+    return Duration(seconds=whole, nanos=nanos)
+
+
+def policy_ref_of(policy: Policy) -> verdict_pb2.PolicyRef:
+    """What names and pins a policy."""
+    return verdict_pb2.PolicyRef(name=policy.name, version=policy.version, digest=policy.digest)
+
+
+def policy_summary_of(policy: Policy) -> guard_pb2.PolicySummary:
+    """What a policy is for."""
+    return guard_pb2.PolicySummary(
+        policy=policy_ref_of(policy),
+        description=policy.description,
+        shadow=policy.mode is Mode.SHADOW,
+        categories=[category.code for category in policy.categories],
+        on_unavailable_prompt=ACTIONS[policy.on_unavailable(Direction.PROMPT)],
+        on_unavailable_response=ACTIONS[policy.on_unavailable(Direction.RESPONSE)],
+    )
+
+
+def model_info_of(card: ModelCard) -> guard_pb2.ModelInfo:
+    """What a loaded model is."""
+    return guard_pb2.ModelInfo(
+        model=verdict_pb2.ModelRef(name=card.name, digest=card.digest),
+        engine=card.engine,
+        template=card.template,
+        categories=card.categories,
+        judges_images=card.judges_images,
+        custom_categories=card.custom_categories,
+        notice=card.notice,
+        parameters=card.parameters,
+        window_tokens=card.window_tokens,
+    )
+
+
+def item_error_of(error: GuardError) -> guard_pb2.ItemError:
+    """A status inside an OK reply."""
+    return guard_pb2.ItemError(
+        code=error.code_number, reason=error.reason_value, message=str(error)
+    )

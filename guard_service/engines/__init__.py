@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Protocol
 
 from guard_policies.assessment import Assessment
 from guard_service.prompt import Prompt, PromptBuilder
+
+
+STARTER = "starter"
+FAKE = "fake"
+
+
+class EngineFailed(RuntimeError):
+    """The model could not judge. The text holds no content of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +65,22 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model's memory; the engine is not used afterwards."""
         ...
+
+
+def open_engine(model: str | Path, threads: int = 1) -> Engine:
+    """Load a model: "starter" (in this package), "fake" (for tests), or an artifact folder.
+
+    Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
+    loaded. Ready to serve only once `self_test` has passed.
+    """
+    if model == FAKE:
+        from guard_service.engines.fake import FakeEngine
+
+        return FakeEngine()
+    from guard_service.engines.onnx import OnnxEngine  # heavy, and needed by this choice only
+
+    if model == STARTER:
+        starter = resources.files("guard_service") / "models" / STARTER
+        with resources.as_file(starter) as folder:
+            return OnnxEngine.open(folder, threads)
+    return OnnxEngine.open(Path(model), threads)

@@ -1,0 +1,261 @@
+"""An artifact in onnxruntime on the CPU: every score from one forward pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from guard_policies.assessment import Assessment
+from guard_policies.taxonomy import BY_CODE, Category
+from guard_service.artifact import Artifact, load
+from guard_service.conversation import Conversation
+from guard_service.engines import Assessed, EngineFailed, ModelCard
+from guard_service.engines.snapshots import Past, Snapshot, Snapshots
+from guard_service.manifest import Golden, Manifest
+from guard_service.prompt import Prompt, PromptBuilder
+from guard_service.tokenizer import load_tokenizer
+
+_SNAPSHOT_BYTES = 256 * 2**20
+_BATCH_TOKENS = 2048  # of one run, padding included: bounds memory
+_PADDING_SHARE = 0.2  # of a run's tokens, at most
+
+
+class OnnxEngine:
+    """A small Llama guard.
+
+    Behind a prompt's closing go, unasked, the tokens `unsafe`, newline and `S`. The logits before
+    `unsafe` give P(unsafe) over {safe, unsafe}, calibrated; those behind `S` give the distribution
+    over the codes that the prompt lists. A prompt's scores do not depend on the others of a batch.
+
+    Keys and values of a prefix are computed once and kept (`prefix_cache`).
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        threads: int = 1,
+        prefix_cache: bool = True,
+        snapshot_bytes: int = _SNAPSHOT_BYTES,
+    ) -> None:
+        """Raises EngineFailed when the graph cannot be loaded or does not fit the manifest."""
+        manifest = artifact.manifest
+        self.card = _card(artifact)
+        self._manifest = manifest
+        self._builder = _builder(artifact)
+        self._session = _session(artifact.model, threads)
+        _check_graph(self._session, manifest)
+        self._column = {token: at for at, token in enumerate(manifest.verdict.head)}
+        self._speculated = (manifest.verdict.unsafe, manifest.verdict.newline, manifest.verdict.mark)
+        self._snapshots = Snapshots(snapshot_bytes) if prefix_cache else None
+        self._no_past = _no_past(manifest)
+
+    @classmethod
+    def open(cls, folder: Path, threads: int = 1) -> OnnxEngine:
+        """Load an artifact folder. Raises ArtifactError or EngineFailed."""
+        return cls(load(folder), threads)
+
+    def prompt_builder(self) -> PromptBuilder:
+        """The builder of this model's prompts; thread-safe."""
+        return self._builder
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        """One result per prompt, in order. Raises EngineFailed for the whole batch."""
+        for prompt in prompts:
+            self._check(prompt)
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for at, prompt in enumerate(prompts):
+            groups[prompt.prefix if self._snapshots is not None else ()].append(at)
+        results: dict[int, Assessed] = {}
+        for prefix, members in groups.items():
+            snapshot, computed = self._snapshot(prefix)
+            rows = {at: self._row(prompts[at], len(prefix)) for at in members}
+            for batch in _batches(rows):
+                logits = self._run([rows[at] for at in batch], snapshot.past)
+                for at, pair in zip(batch, logits, strict=True):
+                    assessment = self._assessment(prompts[at], pair)
+                    cached = snapshot.tokens - computed
+                    results[at] = Assessed(assessment, len(rows[at]) + computed, cached)
+                    computed = 0  # the first prompt pays for a new snapshot
+        return [results[at] for at in range(len(prompts))]
+
+    def score(self, turns: Sequence[tuple[str, str]]) -> Golden:
+        """Score a conversation by the model's own categories, as a golden prompt records it.
+
+        A conversation of several windows counts as its worst.
+        """
+        prompts = self._builder.build(Conversation.of(*turns), self._categories()).prompts
+        found = max(
+            (assessed.assessment for assessed in self.assess(prompts)),
+            key=lambda assessment: assessment.unsafe_score,
+        )
+        return Golden(tuple(turns), found.unsafe_score, dict(found.category_scores))
+
+    def self_test(self) -> None:
+        """Score the golden prompts; raises EngineFailed when there are none, or scores differ."""
+        if not self._manifest.golden:
+            raise EngineFailed("the artifact has no golden prompts; it cannot be verified")
+        worst = 0.0
+        for golden in self._manifest.golden:
+            found = self.score(golden.turns)
+            worst = max(worst, abs(found.unsafe - golden.unsafe))
+            for code in found.categories.keys() | golden.categories.keys():
+                wanted, got = golden.categories.get(code, 0.0), found.categories.get(code, 0.0)
+                worst = max(worst, abs(wanted - got))
+        if not worst <= self._manifest.tolerance:
+            raise EngineFailed(
+                f"golden prompts score up to {worst:.3f} differently than when the artifact was "
+                f"made (tolerance {self._manifest.tolerance}); this machine's answers are not its"
+            )
+
+    def close(self) -> None:
+        """Free the model's memory; the engine is not used afterwards."""
+        if self._snapshots is not None:
+            self._snapshots.clear()
+        del self._session
+
+    def _categories(self) -> list[Category]:
+        return [BY_CODE[code] for code in self._manifest.categories]
+
+    def _check(self, prompt: Prompt) -> None:
+        if prompt.image is not None:
+            raise EngineFailed("this model cannot judge images")
+        length = len(prompt.prefix) + len(prompt.body) + len(prompt.closing) + 3
+        if length > self._manifest.geometry.max_positions:
+            raise EngineFailed(
+                f"a prompt of {length} tokens; the model takes {self._manifest.geometry.max_positions}"
+            )
+        if not prompt.categories or not set(prompt.categories) <= self._manifest.verdict.codes.keys():
+            raise EngineFailed("the prompt lists a category that the model has no code for")
+
+    def _row(self, prompt: Prompt, cached: int) -> list[int]:
+        prefix = () if cached else prompt.prefix
+        return [*prefix, *prompt.body, *prompt.closing, *self._speculated]
+
+    def _snapshot(self, prefix: tuple[int, ...]) -> tuple[Snapshot, int]:
+        """The state behind a prefix, and how many tokens had to be computed for it."""
+        if self._snapshots is None or not prefix:
+            return Snapshot(0, self._no_past), 0
+        known = self._snapshots.get(prefix)
+        if known is not None:
+            return known, 0
+        names = [name.replace("past", "present") for name in self._no_past]
+        feeds = {"ids": np.array([prefix], np.int64), "read": np.zeros((1, 1), np.int64)}
+        present = self._call(names, {**feeds, **self._no_past})
+        snapshot = Snapshot(len(prefix), dict(zip(self._no_past, present, strict=True)))
+        self._snapshots.put(prefix, snapshot)
+        return snapshot, len(prefix)
+
+    def _run(self, rows: Sequence[Sequence[int]], past: Past) -> NDArray[np.float32]:
+        """Logits [rows, 2, head]: at the last token of the closing, and at `S`."""
+        longest = max(map(len, rows))
+        ids = np.zeros((len(rows), longest), np.int64)
+        for at, row in enumerate(rows):
+            ids[at, : len(row)] = row
+        ends = np.array([len(row) - 1 for row in rows], np.int64)
+        read = np.stack([ends - 3, ends], axis=1)
+        logits: NDArray[np.float32] = self._call(["logits"], {"ids": ids, "read": read, **past})[0]
+        if not np.isfinite(logits).all():
+            raise EngineFailed("the model's logits are not finite")
+        return logits
+
+    def _call(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
+        try:
+            outputs: list[Any] = self._session.run(names, feeds)
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise EngineFailed(f"onnxruntime: {type(error).__name__}") from error
+        return outputs
+
+    def _assessment(self, prompt: Prompt, logits: NDArray[np.float32]) -> Assessment:
+        verdict, first = self._manifest.verdict, logits[0].astype(np.float64)
+        margin = float(first[self._column[verdict.unsafe]] - first[self._column[verdict.safe]])
+        unsafe = self._manifest.calibration[prompt.direction].probability(margin)
+        columns = [self._column[verdict.codes[code]] for code in prompt.categories]
+        behind = logits[1].astype(np.float64)[columns]
+        shares = np.exp(behind - behind.max())
+        shares *= unsafe / shares.sum()
+        return Assessment(unsafe, dict(zip(prompt.categories, shares.tolist(), strict=True)))
+
+
+def _batches(rows: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
+    """Rows of like length together: few tokens of padding, no run too large."""
+    batch: list[int] = []
+    used = longest = 0
+    for at in sorted(rows, key=lambda at: -len(rows[at])):
+        length = len(rows[at])
+        whole = longest * (len(batch) + 1)
+        padded = whole - used - length > _PADDING_SHARE * whole
+        if batch and (whole > _BATCH_TOKENS or padded):
+            yield batch
+            batch, used = [], 0
+        longest = length if not batch else longest
+        batch.append(at)
+        used += length
+    if batch:
+        yield batch
+
+
+def _card(artifact: Artifact) -> ModelCard:
+    manifest = artifact.manifest
+    return ModelCard(
+        name=manifest.name,
+        digest=artifact.digest,
+        engine="onnx",
+        template=manifest.template,
+        categories=manifest.categories,
+        custom_categories=manifest.custom_categories,
+        judges_images=False,
+        window_tokens=manifest.window_tokens,
+        parameters=manifest.parameters,
+        notice=manifest.notice,
+    )
+
+
+def _builder(artifact: Artifact) -> PromptBuilder:
+    manifest = artifact.manifest
+    tokenizer = load_tokenizer(artifact.tokenizer)
+    if tokenizer.get_vocab_size(with_added_tokens=True) > manifest.geometry.vocab:
+        raise EngineFailed("the tokenizer has more tokens than the model")
+    return PromptBuilder(tokenizer, manifest.template, manifest.window_tokens)
+
+
+def _session(model: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # it keeps a plan for each shape of input, for ever
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise EngineFailed(f"{model.name} cannot be loaded: {error}") from error
+
+
+def _no_past(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+    g = manifest.geometry
+    keys, values = (1, g.kv_heads, 1, g.head_dim, 0), (1, g.kv_heads, 1, 0, g.head_dim)
+    return {
+        f"past_{kind}.{layer}": np.zeros(shape, np.float32)
+        for layer in range(g.layers)
+        for kind, shape in (("k", keys), ("v", values))
+    }
+
+
+def _check_graph(session: Any, manifest: Manifest) -> None:
+    """The graph's inputs and outputs are those of the manifest's geometry."""
+    wanted = {"ids", "read", *_no_past(manifest)}
+    found = {value.name for value in session.get_inputs()}
+    if found != wanted:
+        raise EngineFailed("the graph's inputs do not fit the manifest's geometry")
+    outputs = {value.name: value.shape for value in session.get_outputs()}
+    if outputs.get("logits", [None])[-1] != len(manifest.verdict.head):
+        raise EngineFailed("the graph's logits do not fit the manifest's head")

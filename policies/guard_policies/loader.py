@@ -95,9 +95,6 @@ def _parse(data: str | bytes, file: str) -> tuple[Policy, Problem]:
     """The policy and the place of its name (a Problem without a message)."""
     reader = Reader(file)
     root = reader.compose(data)
-    reader.check()
-    if root is None:
-        raise PolicyError([Problem(file, 1, 1, "is empty")])
     draft = read_draft(reader, root)
     policy = resolve(reader, draft)
     reader.check()

@@ -23,6 +23,10 @@ _PLAIN_TAGS = {
     for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
 }
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
+# Controls, line separators, bidirectional overrides, lone surrogates.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 # YAML 1.1 reads these as booleans, and people write them for "off" and "on".
 _NEGATIVE = {"no", "n", "false", "none", "null", "~", "disabled", "ignore"}
 
@@ -76,8 +80,14 @@ class Reader:
         if self.problems:
             raise PolicyError(self.problems)
 
-    def compose(self, data: bytes | str) -> MappingNode | None:
-        """The file's one document, which must be a mapping."""
+    def compose(self, data: bytes | str) -> MappingNode:
+        """The file's one document, which must be a mapping. Raises PolicyError otherwise."""
+        root = self._compose(data)
+        if root is None:
+            raise PolicyError(self.problems)
+        return root
+
+    def _compose(self, data: bytes | str) -> MappingNode | None:
         text = self._decode(data)
         if text is None:
             return None
@@ -87,8 +97,12 @@ class Reader:
                 root = loader.get_single_node()
             finally:
                 loader.dispose()
+        except _Refused as error:
+            self.report(error.problem_mark, str(error.problem))
+            return None
         except MarkedYAMLError as error:
-            self.report(error.problem_mark or error.context_mark, f"not YAML: {error.problem}")
+            said = ", ".join(one for one in (error.context, error.problem) if one)
+            self.report(error.problem_mark or error.context_mark, f"not YAML: {said}")
             return None
         except yaml.reader.ReaderError as error:
             place = _line_and_column(text, error.position)
@@ -134,8 +148,9 @@ class Reader:
             self.report(node, f"{what} is empty")
         elif len(value) > longest:
             self.report(node, f"{what} has {len(value)} characters; {longest} are allowed")
-        elif re.search(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", value):
-            self.report(node, f"{what} holds a control character or an unusual space")
+        elif (bad := _UNPRINTABLE.search(value)) is not None:
+            point = f"U+{ord(bad.group()):04X}"
+            self.report(node, f"{what} holds {point}, a control character or half a surrogate pair")
         else:
             return value
         return None
@@ -202,6 +217,13 @@ class Reader:
             raise PolicyError(self.problems)
 
 
+class _Refused(MarkedYAMLError):
+    """YAML that policies may not use."""
+
+    def __init__(self, problem: str, mark: Any) -> None:
+        super().__init__(problem=problem, problem_mark=mark)
+
+
 class _Composer(yaml.SafeLoader):
     """Builds nodes only. Aliases, foreign tags and deep nesting are refused before they cost."""
 
@@ -210,14 +232,14 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         event: Event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, AliasEvent):
-            raise _refusal("aliases (*name) are not allowed here; write it out", event.start_mark)
+            raise _Refused("aliases (*name) are not allowed here; write it out", event.start_mark)
         if self.depth >= _MAX_DEPTH:
-            raise _refusal("nested too deep", event.start_mark)
+            raise _Refused("nested too deep", event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         if node is not None and node.tag not in _PLAIN_TAGS:
-            raise _refusal(f"the tag {quote(node.tag)} is not allowed here", node.start_mark)
+            raise _Refused(f"the tag {quote(node.tag)} is not allowed here", node.start_mark)
         return node
 
 
@@ -233,10 +255,6 @@ def suggest(word: str, known: Collection[str]) -> str:
     folded = [one for one in known if one.lower() == word.lower()]
     best = (folded or near)[:1]
     return f"; did you mean {best[0]!r}?" if best else ""
-
-
-def _refusal(problem: str, mark: Any) -> MarkedYAMLError:
-    return MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _line_and_column(text: str, index: int) -> tuple[int, int]:

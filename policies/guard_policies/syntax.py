@@ -200,6 +200,7 @@ def _settings(reader: Reader, entries: Mapping[str, Entry], keys: tuple[str, ...
             "a language cannot turn a category off: models are asked before any language is "
             "looked at; did you mean 'allow'?",
         )
+        action = None
     threshold = None
     if (entry := entries.get("threshold")) is not None:
         threshold = reader.number(entry.value, "threshold", MIN_THRESHOLD, 1.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 from guard_policies.assessment import Direction
+from guard_policies.taxonomy import LLAMA_GUARD_3, Category
 
 
 class Control(Enum):
@@ -23,37 +23,23 @@ class Control(Enum):
 Pieces = tuple[Control | str, ...]  # no two strings next to each other
 
 
-class CategoryLike(Protocol):
-    """What a template needs of a category."""
+def wording_of(categories: Sequence[Category]) -> dict[str, str]:
+    """What a prompt says about each category, by code: the whole text behind `S1: `.
 
-    @property
-    def code(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def prompt_name(self) -> str: ...
+    A category with a `prompt_name` is worded by that alone, as the models were trained. One without
+    brings its name and, on the lines below, its description.
+    """
+    wording = {}
+    for category in categories:
+        text = f"{category.prompt_name or category.name}."
+        if category.description and not category.prompt_name:
+            text += f"\n{category.description}"
+        wording[category.code] = text
+    return wording
 
 
-_NAMES = (
-    "Violent Crimes",
-    "Non-Violent Crimes",
-    "Sex Crimes",
-    "Child Exploitation",
-    "Defamation",
-    "Specialized Advice",
-    "Privacy",
-    "Intellectual Property",
-    "Indiscriminate Weapons",
-    "Hate",
-    "Self-Harm",
-    "Sexual Content",
-    "Elections",
-    "Code Interpreter Abuse",
-)
-_WORDING = {f"S{number}": f"{name}." for number, name in enumerate(_NAMES, start=1)}
-_FIRST_13 = {code: _WORDING[code] for code in list(_WORDING)[:13]}
+_WORDING = wording_of(LLAMA_GUARD_3)
+_FIRST_13 = wording_of(LLAMA_GUARD_3[:13])
 _AGENT = {"user": "User", "assistant": "Agent"}
 _CAPITALISED = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 
@@ -74,6 +60,7 @@ class Template:
     image_gap: str = " "  # between the image token and the task
     trims: bool = True
     takes_categories: bool = True
+    lists_categories: bool = True  # false for models whose categories never change
     instructions_first: bool = False
     before_end: str = ""  # between the last instruction and <|eot_id|>
     after_header: str = ""  # behind the assistant's header
@@ -86,6 +73,11 @@ class Template:
         """The word that names the judged side: "User" or "Agent"."""
         return self.labels["assistant" if direction is Direction.RESPONSE else "user"]
 
+    def codes(self, categories: Sequence[CategoryLike]) -> tuple[str, ...]:
+        """Codes that a prefix for these categories lists, in order."""
+        listed = wording_of(categories) if self.takes_categories else self.wording
+        return tuple(listed)
+
     def turn(self, direction: Direction, text: str) -> str:
         """One labelled turn."""
         return line(self.label(direction), text)
@@ -93,7 +85,8 @@ class Template:
     def prefix(self, label: str, wording: Mapping[str, str], image: bool = False) -> Pieces:
         """All before the conversation. `wording` maps codes to text, in order."""
         listed = wording if self.takes_categories else self.wording
-        task = self._task(label, "".join(f"{code}: {text}\n" for code, text in listed.items()))
+        lines = [f"{code}: {text}\n" for code, text in listed.items()]
+        task = self._task(label, "".join(lines) if self.lists_categories else "")
         lead = (self.lead,) if self.lead else ()
         start = (Control.BEGIN_OF_TEXT, Control.START_HEADER, "user", Control.END_HEADER)
         if not image:
@@ -122,7 +115,7 @@ class Template:
         if self.instructions_first:
             return (
                 f"Task: Is the last '{label}' message of the conversation 'safe' or 'unsafe'? "
-                f"If unsafe, list the violated categories.\n\n{categories}\n"
+                f"If unsafe, list the violated categories.\n\n{categories and categories + '\n'}"
                 "<BEGIN CONVERSATION>\n\n"
             )
         return (
@@ -138,21 +131,6 @@ def line(label: str, text: str) -> str:
     return f"{label}: {text}\n\n"
 
 
-def wording_of(categories: Sequence[CategoryLike]) -> dict[str, str]:
-    """What a prompt says about each category, by code.
-
-    A category with a `prompt_name` is worded by that alone, as the models were trained. One without
-    brings its name and, on the lines below, its description.
-    """
-    wording = {}
-    for category in categories:
-        text = f"{category.prompt_name or category.name}."
-        if category.description and not category.prompt_name:
-            text += f"\n{category.description}"
-        wording[category.code] = text
-    return wording
-
-
 ALL = (
     Template("llama-guard-3-1b", before_end=" "),
     Template("llama-guard-3-11b-vision", before_end=" ", sees_images=True),
@@ -160,6 +138,14 @@ ALL = (
         "llama-guard-3-8b", wording=_WORDING, lead=" ", takes_categories=False, reads_strings=True
     ),
     Template("compact", wording=_WORDING, trims=False, instructions_first=True),
+    Template(
+        "compact-fixed",
+        wording=_WORDING,
+        takes_categories=False,
+        lists_categories=False,
+        trims=False,
+        instructions_first=True,
+    ),
     Template(
         "llama-stack",
         labels=_CAPITALISED,

@@ -11,9 +11,11 @@ from itertools import accumulate, chain
 from tokenizers import Tokenizer
 
 from guard_policies.assessment import Direction
+from guard_policies.taxonomy import Category
 from guard_service.chat_templates import ChatMessage, read
 from guard_service.conversation import Conversation, Image
-from guard_service.templates import BY_NAME, CategoryLike, Control, Pieces, wording_of
+from guard_service.templates import BY_NAME, Control, Pieces, wording_of
+from guard_service.tokenizer import encode
 from guard_service.turns import (
     InvalidConversation,
     PartReport,
@@ -42,6 +44,7 @@ class Prompt:
     body: tuple[int, ...]  # tokens of this window of the conversation
     closing: tuple[int, ...]  # tokens from the conversation's end to where the verdict is read
     image: Image | None = None  # what the image token in `prefix` stands for
+    categories: tuple[str, ...] = ()  # codes that the prefix lists, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class PromptBuilder:
         self._prefix = lru_cache(maxsize=1024)(self._encode_prefix)
 
     def prefix(
-        self, direction: Direction, categories: Sequence[CategoryLike], image: bool = False
+        self, direction: Direction, categories: Sequence[Category], image: bool = False
     ) -> tuple[int, ...]:
         """Tokens up to the conversation; the same tuple for the same arguments.
 
@@ -101,18 +104,20 @@ class PromptBuilder:
     def build(
         self,
         conversation: Conversation,
-        categories: Sequence[CategoryLike],
+        categories: Sequence[Category],
         direction: Direction | None = None,
     ) -> BuiltPrompt:
         """Every prompt to judge. `direction` overrides what the last message's role says.
 
         Raises InvalidConversation for a conversation without messages or with lone surrogates.
         """
-        judged = direction or direction_of(conversation)
+        own_direction = direction_of(conversation)
+        judged = direction or own_direction
         sees = self.template.sees_images
         turns, parts = turns_of(conversation, self.template.trims, sees)
         encoded = [self._turn(turn) for turn in turns]
         cut = self._windows(turns, encoded, judged)
+        codes = self.template.codes(categories)
         images: Sequence[Image | None] = (sees and images_of(conversation)) or (None,)
         prompts = tuple(
             Prompt(
@@ -121,6 +126,7 @@ class PromptBuilder:
                 body,
                 self._closing[way],
                 image,
+                codes,
             )
             for image in images
             for _, way, body in cut
@@ -195,11 +201,9 @@ class PromptBuilder:
 
     def _ids(self, text: str) -> list[int]:
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidConversation("the text holds a lone surrogate, not a character") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+            return encode(self._tokenizer, text)
+        except ValueError as error:
+            raise InvalidConversation(str(error)) from error
 
 
 def _control_ids(tokenizer: Tokenizer) -> dict[Control, int]:

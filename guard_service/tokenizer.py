@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 _MAX_BYTES = 64 * 2**20
 _MAX_TOKEN_BYTES = 512
+_PIECE = 2**18  # characters that the library gets at once
 LLAMA_3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,12 +44,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     A tokenizer.json is taken only if every text comes back whole from its tokens: all bytes known,
     no normalizer, no unknown token, no dropout, no splitting rule but those of Llama 3 and GPT-2,
-    no added token that is not special.
+    no added token that is not special. Special tokens in a text are read as text from then on.
     """
     content = _read(path)
-    if path.suffix == ".json":
-        return _from_json(content)
-    return from_ranks(content)
+    return _from_json(content) if path.suffix == ".json" else from_ranks(content)
 
 
 def from_ranks(content: bytes, image: bool = False) -> Tokenizer:
@@ -74,7 +73,43 @@ def from_ranks(content: bytes, image: bool = False) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     special = (*LLAMA_3_SPECIAL, *(("<|image|>",) if image else ()))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of text in linear time and bounded memory; raises ValueError for a lone surrogate.
+
+    Longer text goes in pieces: the library holds 300 bytes for a token, and its regex gives up on ten
+    million blanks in a row. A piece ends before a space that follows something visible, where both
+    splitting rules begin a word anyway; only 2^18 characters without such a place are cut elsewhere.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds a lone surrogate, which is no character") from None
+    if len(text) <= _PIECE:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = _piece_end(text, start)
+        ids += tokenizer.encode(text[start:end], add_special_tokens=False).ids
+        start = end
+    return ids
+
+
+def _piece_end(text: str, start: int) -> int:
+    end = start + _PIECE
+    if end >= len(text):
+        return len(text)
+    at = text.rfind(" ", start + 1, end)
+    while at > start:
+        at = start + len(text[start:at].rstrip(" "))
+        if at > start and not text[at - 1].isspace():
+            return at
+        at = text.rfind(" ", start + 1, at)
+    return end
 
 
 def _read(path: Path) -> bytes:
@@ -149,9 +184,11 @@ def _from_json(content: bytes) -> Tokenizer:
         "use_regex": False,
     }
     try:
-        return Tokenizer.from_str(json.dumps(document))
+        tokenizer = Tokenizer.from_str(json.dumps(document))
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError("tokenizer.json is not a BPE tokenizer: " + str(error)) from error
+        raise TokenizerError(f"tokenizer.json is not a BPE tokenizer: {error}") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _check(document: Any) -> None:

@@ -19,7 +19,7 @@ def spans(
     `starts` are the first tokens of the turns, `heads` the length of each turn's label, repeated
     where a window starts inside the turn; `tail` is kept free for the turn end that follows a cut.
     The last window ends with the conversation and is as full as the others. `size` must exceed
-    overlap + longest head + tail.
+    overlap + twice the longest head + tail.
     """
     if total <= size:
         yield 0, total
@@ -27,6 +27,8 @@ def spans(
     start, longest = 0, max(heads)
     while True:
         turn = bisect_right(starts, start) - 1
+        if start <= starts[turn] + heads[turn]:
+            start = starts[turn]  # inside the label, which it then needs no second time
         head = 0 if starts[turn] == start else heads[turn]
         if total - start <= size - head:
             yield min(start, total - size + longest), total

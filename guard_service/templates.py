@@ -113,9 +113,10 @@ class Template:
 
     def _task(self, label: str, categories: str) -> str:
         if self.instructions_first:
+            listed = f"{categories}\n" if categories else ""
             return (
                 f"Task: Is the last '{label}' message of the conversation 'safe' or 'unsafe'? "
-                f"If unsafe, list the violated categories.\n\n{categories and categories + '\n'}"
+                f"If unsafe, list the violated categories.\n\n{listed}"
                 "<BEGIN CONVERSATION>\n\n"
             )
         return (

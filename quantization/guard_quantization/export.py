@@ -126,17 +126,19 @@ def export_graph(
     weights: Weights,
     head: Sequence[int] | None,
     precision: Precision,
-) -> None:
-    """Write model.onnx and model.onnx.data into `folder`.
+) -> int:
+    """Write model.onnx and model.onnx.data into `folder`; returns how many parameters they hold.
 
     `head` are the token ids whose logits are wanted, in order; None when the checkpoint's output
-    layer is already cut to them. Holds one layer of float weights at a time.
+    layer is already cut to them. Holds one layer of float weights at a time. Raises ExportError for
+    weights that do not fit the config, FileExistsError when there is a model already.
     """
     shape = Shape.of(config)
     if (folder / MODEL_FILE).exists() or (folder / DATA_FILE).exists():
         raise FileExistsError(f"{folder} already holds a model")
     with (folder / DATA_FILE).open("wb") as data:
-        graph = _Decoder(shape, weights, precision, Graph(data)).build(head)
+        decoder = _Decoder(shape, weights, precision, Graph(data))
+        graph = decoder.build(head)
     model = helper.make_model(
         graph,
         producer_name="guard_quantization",
@@ -147,6 +149,7 @@ def export_graph(
         ],
     )
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    return decoder.parameters
 
 
 class _Decoder:
@@ -154,6 +157,7 @@ class _Decoder:
 
     def __init__(self, shape: Shape, weights: Weights, precision: Precision, graph: Graph) -> None:
         self.shape, self.weights, self.precision, self.g = shape, weights, precision, graph
+        self.parameters = 0
 
     def build(self, head: Sequence[int] | None) -> GraphProto:
         """All nodes, from ids to logits."""
@@ -181,10 +185,26 @@ class _Decoder:
         logits = _value("logits", ["B", "R", len(rows)])
         return helper.make_graph(g.nodes, "guard", inputs, [logits, *outputs], g.initializers)
 
+    def _take(self, name: str, *shape: int) -> Floats:
+        weight = self.weights[name]
+        if weight.shape != shape:
+            raise ExportError(f"{name} is {weight.shape}, config.json makes it {shape}")
+        self.parameters += weight.size
+        return weight
+
     def _head_rows(self, head: Sequence[int] | None) -> Floats:
         name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
         matrix = self.weights[name]
-        return matrix if head is None else matrix[np.array(head)]
+        if matrix.ndim != 2 or matrix.shape[1] != self.shape.hidden:
+            raise ExportError(f"{name} is {matrix.shape}, config.json wants {self.shape.hidden}")
+        if head is None:
+            rows = matrix
+        elif max(head) < len(matrix):
+            rows = matrix[np.array(head)]
+        else:
+            raise ExportError(f"{name} has no row {max(head)}")
+        self.parameters += rows.size
+        return rows
 
     def _geometry(self) -> None:
         """Rotary tables of this run's positions, the causal mask and the mask of the reads."""
@@ -209,7 +229,7 @@ class _Decoder:
     def _embed(self) -> str:
         """Rows of the embedding table, dequantized after they are gathered."""
         g, name, bits = self.g, "model.embed_tokens.weight", self.precision.embedding_bits
-        table = self.weights[name]
+        table = self._take(name, self.shape.vocab, self.shape.hidden)
         if bits == 32:
             return g.op("Gather", g.constant(name, table), "ids")
         block = self.precision.block if bits == 4 else self.shape.hidden
@@ -235,13 +255,13 @@ class _Decoder:
         return g.op("Reshape", scaled, g.ints(0, 0, -1))
 
     def _norm(self, x: str, name: str) -> str:
-        scale = self.g.constant(name, self.weights[name])
+        scale = self.g.constant(name, self._take(name, self.shape.hidden))
         return self.g.op("SimplifiedLayerNormalization", x, scale, epsilon=self.shape.eps, axis=-1)
 
     def _linear(self, x: str, name: str, *parts: str, scale: float = 1.0) -> str:
         """x times the transposes of the named weights, side by side; `scale` is for the first."""
         g, p = self.g, self.precision
-        matrices = [self.weights[f"{part}.weight"] for part in parts]
+        matrices = [self._take(f"{part}.weight", *self._sizes(part)) for part in parts]
         matrices[0] = matrices[0] * np.float32(scale)
         weight = np.concatenate(matrices)  # [N, K]
         if p.bits == 32:
@@ -261,6 +281,19 @@ class _Decoder:
             block_size=p.block,
             accuracy_level=p.accuracy_level,
         )
+
+    def _sizes(self, part: str) -> tuple[int, int]:
+        s = self.shape
+        wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        return {
+            "q_proj": (wide, s.hidden),
+            "k_proj": (narrow, s.hidden),
+            "v_proj": (narrow, s.hidden),
+            "o_proj": (s.hidden, wide),
+            "gate_proj": (s.mlp, s.hidden),
+            "up_proj": (s.mlp, s.hidden),
+            "down_proj": (s.hidden, s.mlp),
+        }[part.rpartition(".")[2]]
 
     def _layer(self, layer: int, x: str, last: bool) -> str:
         """One decoder layer; the last one only continues the positions that are read."""

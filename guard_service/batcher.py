@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from guard_service.engines import Assessed, Engine
 from guard_service.errors import (
     EngineFailed,
-    GuardError,
+    GuardServiceError,
     NotReady,
     Overloaded,
     ShuttingDown,
@@ -232,7 +232,7 @@ class Batcher:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_deliver, batch, outcomes, began, seconds)
 
-    def _outcomes(self, prompts: list[Prompt]) -> list[Assessed | GuardError]:
+    def _outcomes(self, prompts: list[Prompt]) -> list[Assessed | GuardServiceError]:
         """Run the batch; when it fails, its prompts one by one, so that only the culprit fails."""
         try:
             results = self._engine.assess(prompts)
@@ -292,17 +292,17 @@ def chosen(queue: Sequence[_Job], limits: Limits) -> list[_Job]:
 
 def _deliver(
     batch: Sequence[_Job],
-    outcomes: Sequence[Assessed | GuardError],
+    outcomes: Sequence[Assessed | GuardServiceError],
     began: float,
     seconds: float,
 ) -> None:
     for job, outcome in zip(batch, outcomes, strict=True):
-        if isinstance(outcome, GuardError):
+        if isinstance(outcome, GuardServiceError):
             _fail(job, outcome)
         elif not job.future.done():
             job.future.set_result((outcome, began - job.queued_at, seconds))
 
 
-def _fail(job: _Job, error: GuardError) -> None:
+def _fail(job: _Job, error: GuardServiceError) -> None:
     if not job.future.done():
         job.future.set_exception(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from typing import Any
 import yaml
 
 ENVIRONMENT_PREFIX = "GUARD_"
-FOREIGN_ENVIRONMENT = frozenset({"GUARD_TARGET", "GUARD_CA_CERT"})  # what clients read, not servers
 MIB = 1024 * 1024
 
 
@@ -88,6 +88,11 @@ class Settings:
             return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def engine_threads(self) -> int:
+        """Threads of the engine: as set, or one per core that this process may use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 TYPES: dict[str, Any] = typing.get_type_hints(Settings)
@@ -158,7 +163,8 @@ def load(
         for name, raw in layer.items():
             shown = ENVIRONMENT_PREFIX + name.upper() if source == "environment" else name
             if name not in FIELDS:
-                problems.append(f"{source}: unknown setting {shown}{_hint(name)}")
+                prefix = ENVIRONMENT_PREFIX if source == "environment" else ""
+                problems.append(f"{source}: unknown setting {shown}{_hint(name, prefix)}")
                 continue
             try:
                 values[name] = _converted(TYPES[name], raw)
@@ -198,9 +204,7 @@ def _environment_layer(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for name, value in environment.items()
-        if name.startswith(ENVIRONMENT_PREFIX)
-        and name not in FOREIGN_ENVIRONMENT
-        and not _is_kubernetes_link(name)
+        if name.startswith(ENVIRONMENT_PREFIX) and not _is_kubernetes_link(name)
     }
 
 
@@ -209,9 +213,11 @@ def _is_kubernetes_link(name: str) -> bool:
     return "_SERVICE_HOST" in name or "_SERVICE_PORT" in name or "_PORT_" in name
 
 
-def _hint(name: str) -> str:
+def _hint(name: str, prefix: str) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+    if not near:
+        return "; --help lists them all"
+    return f"; did you mean {prefix}{near[0].upper() if prefix else near[0]}?"
 
 
 def _converted(kind: Any, raw: Any) -> Any:

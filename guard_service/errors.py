@@ -1,6 +1,6 @@
 """The tree of errors: the class fixes status code and reason; every text is safe to show.
 
-GuardError
+GuardServiceError
 ├── InvalidRequest          INVALID_ARGUMENT
 │   ├── ConversationTooLong
 │   ├── BatchTooLarge
@@ -29,7 +29,7 @@ from guard_api.v1.error_reason_pb2 import ErrorReason
 DOMAIN = "guard_api.v1"
 
 
-class GuardError(Exception):
+class GuardServiceError(Exception):
     """Why there is no verdict. Its text holds no content of the request.
 
     `on_unavailable` is the name of the action that the policy wants then ("block"), where known.
@@ -51,7 +51,7 @@ class GuardError(Exception):
         return ErrorReason.Value(f"ERROR_REASON_{self.reason}")
 
 
-class InvalidRequest(GuardError):
+class InvalidRequest(GuardServiceError):
     """The request is not well-formed."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -76,28 +76,28 @@ class InvalidStream(InvalidRequest):
     reason = "INVALID_STREAM"
 
 
-class UnknownPolicy(GuardError):
+class UnknownPolicy(GuardServiceError):
     """No policy of that name is loaded."""
 
     code = grpc.StatusCode.NOT_FOUND
     reason = "UNKNOWN_POLICY"
 
 
-class Unscannable(GuardError):
+class Unscannable(GuardServiceError):
     """A part cannot be judged by the model and the policy says that this is an error."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "UNSCANNABLE"
 
 
-class PolicyNotSupported(GuardError):
+class PolicyNotSupported(GuardServiceError):
     """The loaded model cannot serve the policy."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "POLICY_NOT_SUPPORTED"
 
 
-class Overloaded(GuardError):
+class Overloaded(GuardServiceError):
     """The queue is full."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -108,14 +108,14 @@ class Overloaded(GuardError):
         self.retry_after_s = retry_after_s
 
 
-class DeadlineExceeded(GuardError):
+class DeadlineExceeded(GuardServiceError):
     """The deadline passed before there was a verdict."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_EXCEEDED"
 
 
-class ShuttingDown(GuardError):
+class ShuttingDown(GuardServiceError):
     """The server drains."""
 
     code = grpc.StatusCode.UNAVAILABLE
@@ -125,24 +125,24 @@ class ShuttingDown(GuardError):
         super().__init__(message)
 
 
-class NotReady(GuardError):
+class NotReady(GuardServiceError):
     """The model is still being checked, or its worker does not answer."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "NOT_READY"
 
 
-class EngineFailed(GuardError):
+class EngineFailed(GuardServiceError):
     """The engine failed on this work."""
 
     reason = "ENGINE_FAILED"
 
 
-class InternalError(GuardError):
+class InternalError(GuardServiceError):
     """A defect of the service; only its logs tell more."""
 
 
-def status_of(error: GuardError, request_id: str) -> status_pb2.Status:
+def status_of(error: GuardServiceError, request_id: str) -> status_pb2.Status:
     """The google.rpc.Status of an error, with ErrorInfo and, where it helps, RetryInfo."""
     metadata = {"request_id": request_id}
     if error.on_unavailable:

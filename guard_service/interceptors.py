@@ -1,4 +1,4 @@
-"""What happens around every call: admission, request id, errors to statuses, metrics, access log."""
+"""Around every call: admission, request id, errors to statuses, metrics, access log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from guard_policies.assessment import Action
 from guard_service.errors import (
-    GuardError,
+    GuardServiceError,
     InternalError,
     InvalidRequest,
     NotReady,
@@ -171,12 +171,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         CALL.set(call)
         context.set_trailing_metadata((("x-request-id", call.request_id),))
         began = time.perf_counter()
-        error: GuardError | None = None
+        error: GuardServiceError | None = None
         code = grpc.StatusCode.OK.name
         self._metrics.in_flight.labels(call.rpc).inc()
         try:
             return await self._admitted(call, run)
-        except GuardError as refused:
+        except GuardServiceError as refused:
             error, code = refused, refused.code.name
         except asyncio.CancelledError:
             if not self._expired:
@@ -208,7 +208,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if not self._tasks:
                 self._empty.set()
 
-    def _refusal(self, size: int = 0) -> GuardError | None:
+    def _refusal(self, size: int = 0) -> GuardServiceError | None:
         """Why no call is taken now."""
         match self.state:
             case State.STARTING:
@@ -223,7 +223,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return Overloaded("too many bytes are in progress; retry later", CROWDED_RETRY_S)
         return None
 
-    def _account(self, call: Call, code: str, error: GuardError | None, total_s: float) -> None:
+    def _account(
+        self, call: Call, code: str, error: GuardServiceError | None, total_s: float
+    ) -> None:
         self._metrics.requests.labels(call.rpc, code).inc()
         self._metrics.request_seconds.labels(call.rpc).observe(total_s)
         if not LOG.isEnabledFor(logging.INFO):
@@ -281,7 +283,7 @@ def _request_id(offered: str | bytes | None) -> str:
     return uuid.uuid4().hex
 
 
-async def _abort(context: Context, error: GuardError, request_id: str) -> None:
+async def _abort(context: Context, error: GuardServiceError, request_id: str) -> None:
     details = status_of(error, request_id).SerializeToString()
     await context.abort(
         error.code,

@@ -45,11 +45,15 @@ class TextFormatter(logging.Formatter):
 def set_up(level: str, style: str) -> None:
     """Send the logs of this process to stderr. `style` is json, text or auto."""
     handler = logging.StreamHandler(sys.stderr)
-    as_text = style == "text" or (style == "auto" and sys.stderr.isatty())
-    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    handler.setFormatter(TextFormatter() if is_text(style) else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+def is_text(style: str) -> bool:
+    """Whether a style means lines for people, here and now."""
+    return style == "text" or (style == "auto" and sys.stderr.isatty())
 
 
 def _brief(value: Any) -> str:

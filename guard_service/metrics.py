@@ -85,7 +85,7 @@ class Probes:
 class _Handler(WSGIRequestHandler):
     timeout = 10  # a client that sends nothing does not keep its thread
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         """Scrapes and probes are not worth a line."""
 
 

@@ -23,7 +23,7 @@ from guard_service.errors import (
     ConversationTooLong,
     DeadlineExceeded,
     EngineFailed,
-    GuardError,
+    GuardServiceError,
     InvalidRequest,
     PolicyNotSupported,
     UnknownPolicy,
@@ -35,6 +35,7 @@ from guard_service.prompt import BuiltPrompt, InvalidConversation
 LOG = logging.getLogger(__name__)
 LANGUAGE_TAG = re.compile(r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,7}")
 INLINE_CHARS = 2_000  # a text this short is tokenized faster than a thread is woken for it
+WARM_UP_S = 60.0
 BUILDERS = 2  # threads that assemble longer prompts
 
 
@@ -112,18 +113,28 @@ class Moderator:
         timeout_s: float,
         no_cache: bool = False,
     ) -> Judgement:
-        """Judge the last turn. Raises GuardError when there is no verdict."""
+        """Judge the last turn. Raises GuardServiceError when there is no verdict."""
         direction = _direction(conversation)
         try:
             async with asyncio.timeout(timeout_s):
                 judgement = await self._judge(conversation, policy, language, timeout_s, no_cache)
         except TimeoutError:
-            error: GuardError = DeadlineExceeded("the deadline passed before there was a verdict")
+            error: GuardServiceError = DeadlineExceeded(
+                "the deadline passed before there was a verdict"
+            )
             raise self._counted(_for_policy(error, policy, direction)) from None
-        except GuardError as error:
+        except GuardServiceError as error:
             raise self._counted(_for_policy(error, policy, direction)) from None
         self._count(judgement)
         return judgement
+
+    async def warm_up(self) -> None:
+        """Judge a greeting in each direction, so that the first caller finds everything in place."""
+        policy = self.policy("")
+        for role in (Role.USER, Role.ASSISTANT):
+            greeting = Conversation((Message(role, (Text("Hello"),)),))
+            built = await self._built(greeting, policy)
+            await self._batcher.assess(built.prompts, WARM_UP_S)
 
     def close(self) -> None:
         """Stop the threads that assemble prompts."""
@@ -224,7 +235,7 @@ class Moderator:
         self._metrics.cache_hits.labels("joined" if joined else "miss").inc()
         return (Ran(ran.results, 0.0, 0.0), True) if joined else (ran, False)
 
-    def _counted(self, error: GuardError) -> GuardError:
+    def _counted(self, error: GuardServiceError) -> GuardServiceError:
         self._metrics.errors.labels(error.reason).inc()
         return error
 
@@ -266,7 +277,9 @@ def unsupported(policy: Policy, card: ModelCard) -> str:
     return ""
 
 
-def _for_policy(error: GuardError, policy: Policy, direction: Direction | None) -> GuardError:
+def _for_policy(
+    error: GuardServiceError, policy: Policy, direction: Direction | None
+) -> GuardServiceError:
     """The error with what the policy wants done then: the severer one of an unknown direction."""
     directions = (direction,) if direction else tuple(Direction)
     actions = [policy.on_unavailable(direction) for direction in directions]

@@ -24,9 +24,7 @@ from guard_policies.schema import Policy
 from guard_service.batcher import Batcher
 from guard_service.batcher import Limits as QueueLimits
 from guard_service.config import Settings
-from guard_service import engines
-from guard_service.engines import Engine
-from guard_service.errors import PolicyNotSupported, UnknownPolicy
+from guard_service.engines import Engine, open_engine
 from guard_service.health import Health
 from guard_service.interceptors import SERVICE, Door, State
 from guard_service.metrics import HttpServer, Metrics, Probes
@@ -92,6 +90,7 @@ class GuardServer:
         self._batcher.start()
         try:
             await asyncio.to_thread(self._engine.self_test)
+            await self._moderator.warm_up()
         except BaseException:
             await self.stop(0.0)
             raise
@@ -229,7 +228,7 @@ def local_server(settings: Settings) -> Iterator[str]:
             tls_key=None,
             tls_client_ca=None,
         )
-        engine = engines.open_engine(private.model, private.threads)
+        engine = open_engine(private.model, private.engine_threads)
         try:
             server = GuardServer(private, engine, loaded_policies(private))
             with _in_thread(server):

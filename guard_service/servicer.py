@@ -14,7 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
 from guard_service import __version__
 from guard_service.config import Settings
-from guard_service.errors import BatchTooLarge, GuardError, InternalError
+from guard_service.errors import BatchTooLarge, GuardServiceError, InternalError
 from guard_service.interceptors import CALL
 from guard_service.moderation import Judgement, Moderator
 from guard_service.stream import StreamBounds, judged
@@ -119,7 +119,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         try:
             judgement = await self._judge(request, timeout_s)
             return guard_pb2.ClassifyResult(verdict=verdict_of(judgement))
-        except GuardError as error:
+        except GuardServiceError as error:
             return guard_pb2.ClassifyResult(error=item_error_of(error))
         except Exception:
             LOG.exception("a batch item failed")

@@ -7,7 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from guard_api.v1 import guard_pb2
-from guard_service.errors import ConversationTooLong, DeadlineExceeded, GuardError, InvalidStream
+from guard_service.errors import (
+    ConversationTooLong,
+    DeadlineExceeded,
+    GuardServiceError,
+    InvalidStream,
+)
 from guard_service.moderation import Judgement, Moderator, with_reply
 from guard_service.wire import Sizes, conversation_of
 
@@ -40,13 +45,13 @@ async def judged(
     """Verdicts at the policy's cadence, where a piece asks for one, and on the whole reply.
 
     Pieces that arrive while a verdict is being made are judged together, up to one that asks for a
-    check. The policy is the one that was loaded at the start. Raises GuardError; steps out of order
+    check. The policy is the one that was loaded at the start. Raises GuardServiceError; steps out of order
     are InvalidStream, and so is a stream that closes before its end.
     """
     start = await _started(steps, bounds.idle_s)
     policy = moderator.policy(start.policy)
     conversation = conversation_of(start.conversation, bounds.sizes)
-    queue: asyncio.Queue[guard_pb2.StreamPiece | GuardError] = asyncio.Queue(PIECES_AHEAD)
+    queue: asyncio.Queue[guard_pb2.StreamPiece | GuardServiceError] = asyncio.Queue(PIECES_AHEAD)
     reader = asyncio.create_task(_read(steps, queue))
     reply: list[str] = []
     chars = covered = 0
@@ -85,7 +90,7 @@ async def _started(steps: Steps, idle_s: float) -> guard_pb2.StreamStart:
 
 
 async def _take(
-    queue: asyncio.Queue[guard_pb2.StreamPiece | GuardError], reply: list[str], idle_s: float
+    queue: asyncio.Queue[guard_pb2.StreamPiece | GuardServiceError], reply: list[str], idle_s: float
 ) -> guard_pb2.StreamPiece:
     """Add what has arrived to the reply, at least one piece; the last of them."""
     try:
@@ -94,7 +99,7 @@ async def _take(
     except TimeoutError:
         raise DeadlineExceeded(f"the stream sent nothing for {idle_s:g} s") from None
     while True:
-        if isinstance(piece, GuardError):
+        if isinstance(piece, GuardServiceError):
             raise piece
         reply.append(piece.text)
         if piece.check or piece.end or queue.empty():
@@ -102,7 +107,9 @@ async def _take(
         piece = queue.get_nowait()
 
 
-async def _read(steps: Steps, queue: asyncio.Queue[guard_pb2.StreamPiece | GuardError]) -> None:
+async def _read(
+    steps: Steps, queue: asyncio.Queue[guard_pb2.StreamPiece | GuardServiceError]
+) -> None:
     """Feed the queue up to the end of the reply, or the first mistake."""
     try:
         async for step in steps:
@@ -112,5 +119,5 @@ async def _read(steps: Steps, queue: asyncio.Queue[guard_pb2.StreamPiece | Guard
             if step.piece.end:
                 return
         raise InvalidStream("the stream closed before a piece with end = true")
-    except GuardError as error:
+    except GuardServiceError as error:
         await queue.put(error)

@@ -21,7 +21,7 @@ from guard_service.conversation import (
     ToolResult,
 )
 from guard_service.engines import ModelCard
-from guard_service.errors import GuardError, InvalidRequest
+from guard_service.errors import GuardServiceError, InvalidRequest
 from guard_service.moderation import Judgement
 from guard_service.prompt import PartReport
 
@@ -216,7 +216,7 @@ def model_info_of(card: ModelCard) -> guard_pb2.ModelInfo:
     )
 
 
-def item_error_of(error: GuardError) -> guard_pb2.ItemError:
+def item_error_of(error: GuardServiceError) -> guard_pb2.ItemError:
     """A status inside an OK reply."""
     return guard_pb2.ItemError(
         code=error.code_number, reason=error.reason_value, message=str(error)

@@ -1,0 +1,48 @@
+"""Servers for the service's tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from guard_policies.loader import builtin_policies, parse_policy
+from guard_service.config import Settings
+from guard_service.engines.fake import FakeEngine
+from guard_service.server import GuardServer
+from tests.service.asking import Running
+
+RunGuard = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
+    """Starts servers on unix sockets: `await run_guard(engine, policies=[yaml, ...], knob=value)`.
+
+    They are stopped when the test ends.
+    """
+    async with AsyncExitStack() as stack:
+
+        async def run(
+            engine: FakeEngine | None = None, policies: tuple[str, ...] = (), **knobs: Any
+        ) -> Running:
+            engine = engine or FakeEngine()
+            knobs = {"host": f"unix:{tmp_path / 'socket'}", "metrics": False} | knobs
+            own = {policy.name: policy for policy in map(parse_policy, policies)}
+            server = GuardServer(Settings(**knobs), engine, {**builtin_policies(), **own})
+            await server.start()
+            stack.push_async_callback(server.stop, 0.0)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
+            return Running(server, engine, channel)
+
+        yield run
+
+
+@pytest.fixture
+async def guard(run_guard: RunGuard) -> Running:
+    """A server as it comes, with the fake engine."""
+    return await run_guard()

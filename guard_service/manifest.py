@@ -13,7 +13,7 @@ from typing import Any
 from guard_policies.assessment import Direction
 
 FORMAT = "guard-artifact/1"
-TEMPLATES = ("compact", "llama-guard-3-1b", "llama-guard-3-8b")
+TEMPLATES = ("compact", "compact-fixed", "llama-guard-3-1b", "llama-guard-3-8b")
 SCHEMES = ("fp32", "int8", "int4")
 _CODE = re.compile(r"S[1-9][0-9]?")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

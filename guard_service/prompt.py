@@ -97,7 +97,7 @@ class PromptBuilder:
     ) -> tuple[int, ...]:
         """Tokens up to the conversation; the same tuple for the same arguments.
 
-        A template that lists categories of its own ("llama-guard-3-8b") ignores `categories`.
+        A template with a fixed list ("llama-guard-3-8b", "compact-fixed") ignores `categories`.
         """
         return self._prefix(direction, tuple(wording_of(categories).items()), image)
 

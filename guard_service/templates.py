@@ -65,15 +65,13 @@ class Template:
     before_end: str = ""  # between the last instruction and <|eot_id|>
     after_header: str = ""  # behind the assistant's header
     reads_strings: bool = False  # the published template takes plain strings, not typed parts
-    merges_parts: bool = (
-        False  # the publisher's code gives each message one line, whatever its role
-    )
+    merges_parts: bool = False  # the publisher's code writes one line for each message
 
     def label(self, direction: Direction) -> str:
         """The word that names the judged side: "User" or "Agent"."""
         return self.labels["assistant" if direction is Direction.RESPONSE else "user"]
 
-    def codes(self, categories: Sequence[CategoryLike]) -> tuple[str, ...]:
+    def codes(self, categories: Sequence[Category]) -> tuple[str, ...]:
         """Codes that a prefix for these categories lists, in order."""
         listed = wording_of(categories) if self.takes_categories else self.wording
         return tuple(listed)

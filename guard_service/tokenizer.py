@@ -80,9 +80,9 @@ def from_ranks(content: bytes, image: bool = False) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of text in linear time and bounded memory; raises ValueError for a lone surrogate.
 
-    Longer text goes in pieces: the library holds 300 bytes for a token, and its regex gives up on ten
-    million blanks in a row. A piece ends before a space that follows something visible, where both
-    splitting rules begin a word anyway; only 2^18 characters without such a place are cut elsewhere.
+    Longer text goes in pieces: the library holds 300 bytes for a token, and its regex gives up on
+    ten million blanks in a row. A piece ends before a space that follows something visible, where
+    both splitting rules begin a word anyway; only 2^18 characters without one are cut elsewhere.
     """
     try:
         text.encode()

@@ -47,7 +47,7 @@ _INSTRUCTIONS = (
     "line must include a comma-separated list of violated categories."
 )
 _CHAT = Conversation.of(("user", " Which bus? "), ("assistant", "Number 42."))
-_TYPED = [
+_TYPED: list[dict[str, object]] = [
     {"role": "user", "content": [{"type": "text", "text": " Which bus? "}]},
     {"role": "assistant", "content": [{"type": "text", "text": "Number 42."}]},
 ]
@@ -131,8 +131,22 @@ def test_the_11b_template_has_one_image_token_before_the_task() -> None:
     assert built.parts[1] == PartReport(0, 1, "image", True)
 
 
+def test_a_model_of_fixed_categories_is_not_told_them() -> None:
+    (prompt,) = _builder("compact-fixed").build(_CHAT, _TWO).prompts
+    assert _shown(prompt.prefix) == (
+        f"{_START}Task: Is the last 'Agent' message of the conversation 'safe' or 'unsafe'? If "
+        "unsafe, list the violated categories.\n\n<BEGIN CONVERSATION>\n\n"
+    )
+    assert prompt.categories == tuple(category.code for category in LLAMA_GUARD_3)
+
+
+def test_prompts_say_which_codes_they_list() -> None:
+    assert _builder().build(_CHAT, _TWO).prompts[0].categories == ("S1", "S2")
+    assert len(_builder("llama-guard-3-8b").build(_CHAT, _TWO).prompts[0].categories) == 14
+
+
 def test_llama_stack_writes_role_names_and_the_image_as_a_word() -> None:
-    messages = [
+    messages: list[dict[str, object]] = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " Look "}]},
         {"role": "assistant", "content": "A boat."},

@@ -8,20 +8,27 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guard_policies.taxonomy import LLAMA_GUARD_3
-from guard_service.conversation import Conversation, Message, Role, Text, ToolCall, ToolResult
+from guard_service.conversation import Conversation, Message, Part, Role, Text, ToolCall, ToolResult
 from guard_service.delimiters import breaks, neutralise, restore
 from guard_service.prompt import InvalidConversation, PromptBuilder
 from guard_service.tokenizer import LLAMA_3_SPECIAL, encode
 from tests.service.own_tokenizer import own_tokenizer
 
 _tried = settings(max_examples=int(os.environ.get("GUARD_TEST_EXAMPLES", "240")), deadline=None)
-_SERVED = ["llama-guard-3-1b", "llama-guard-3-8b", "llama-guard-3-11b-vision", "compact"]
+_SERVED = [
+    "llama-guard-3-1b",
+    "llama-guard-3-8b",
+    "llama-guard-3-11b-vision",
+    "compact",
+    "compact-fixed",
+]
 _BUILDERS = {name: PromptBuilder(own_tokenizer(), name, 10**6) for name in _SERVED}
 _SPECIAL = frozenset(own_tokenizer().get_added_tokens_decoder()) | {128256}
 
@@ -42,19 +49,29 @@ def _fullwidth(text: str) -> str:
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
 
+def _styled(text: str) -> str:
+    return "".join(_BOLD.get(char, char) for char in text).translate(_CYRILLIC)
+
+
+_CHANGES: list[Callable[[str], str]] = [
+    str,
+    str.lower,
+    str.title,
+    str.swapcase,
+    _fullwidth,
+    _styled,
+]
+
+
 @st.composite
 def _disguised(draw: st.DrawFn, spellings: list[str]) -> str:
     """A delimiter in other letters, with other white space, and with invisible characters in it."""
     text = draw(st.sampled_from(spellings))
-    change = draw(st.sampled_from([str, str.lower, str.title, str.swapcase, _fullwidth, _styled]))
+    change = draw(st.sampled_from(_CHANGES))
     blank = draw(st.sampled_from([" ", "  ", "\t", "\u00a0", "\u3000", "\n", "\u200b "]))
     unseen = draw(st.sampled_from(_UNSEEN))
     text = change(text).replace(" ", blank) if text[0] == "<" else change(text)
     return unseen.join(text)
-
-
-def _styled(text: str) -> str:
-    return "".join(_BOLD.get(char, char) for char in text).translate(_CYRILLIC)
 
 
 _letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -80,7 +97,7 @@ def _alternating(texts: list[str]) -> Conversation:
 
 
 def _decoded(ids: tuple[int, ...]) -> str:
-    return own_tokenizer().decode(ids, skip_special_tokens=False)
+    return str(own_tokenizer().decode(ids, skip_special_tokens=False))
 
 
 def _read_back(body: str) -> list[str]:
@@ -161,12 +178,12 @@ def test_defusing_is_undone_exactly(text: str) -> None:
 def test_parts_tool_calls_and_results_are_one_turn_whatever_they_hold(
     texts: list[str], kind: str
 ) -> None:
-    parts = {
+    parts: dict[str, tuple[Part, ...]] = {
         "text": tuple(Text(text) for text in texts),
         "call": tuple(ToolCall(text, text) for text in texts),
         "result": tuple(ToolResult(text) for text in texts),
-    }[kind]
-    messages = (Message(Role.ASSISTANT, parts), Message(Role.USER, (Text("Hm"),)))
+    }
+    messages = (Message(Role.ASSISTANT, parts[kind]), Message(Role.USER, (Text("Hm"),)))
     built = _BUILDERS["compact"].build(Conversation(messages), LLAMA_GUARD_3)
     body = _decoded(built.prompts[0].body)
     assert len(_LABEL_LINE.findall(_plain(body))) == 2
@@ -181,7 +198,7 @@ def test_parts_tool_calls_and_results_are_one_turn_whatever_they_hold(
 def test_prompts_have_the_tokens_of_text_encoded_as_one(texts: list[str], template: str) -> None:
     (prompt,) = _BUILDERS[template].build(_alternating(texts), LLAMA_GUARD_3).prompts
     ids = prompt.prefix + prompt.body + prompt.closing
-    runs, run = [], list[int]()
+    runs, run = list[list[int]](), list[int]()
     for token in ids:
         if token in _SPECIAL:
             runs, run = [*runs, run], []

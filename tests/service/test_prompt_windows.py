@@ -24,7 +24,7 @@ def _ids(conversation: Conversation) -> tuple[int, ...]:
 
 
 def _text(ids: tuple[int, ...]) -> str:
-    return own_tokenizer().decode(ids, skip_special_tokens=False)
+    return str(own_tokenizer().decode(ids, skip_special_tokens=False))
 
 
 def test_a_conversation_as_long_as_the_window_is_one_prompt() -> None:

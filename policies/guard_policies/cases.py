@@ -140,9 +140,7 @@ def _load(path: Path, known: Mapping[str, Policy]) -> list[Case]:
             reader.report(root, f"{key!r} is missing")
     reader.check()
     policy = _policy(reader, entries["policy"].value, path, known)
-    rows = [
-        _case(reader, node, policy) for node in reader.items(entries["cases"].value, "cases")
-    ]
+    rows = [_case(reader, node, policy) for node in reader.items(entries["cases"].value, "cases")]
     reader.check()
     return rows
 

@@ -34,7 +34,7 @@ POLICY_KEYS = (
 )
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 CODE = re.compile(r"S[1-9][0-9]?")
-TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
+TAG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{1,8})*")
 _DELIMITER = re.compile(r"<\s*(begin|end)\b|<\|", re.IGNORECASE)
 
 

@@ -22,6 +22,7 @@ from guard_service.prompt import Prompt
 LOG = logging.getLogger(__name__)
 VERDICT_TOKENS = 3  # what engines append to a prompt
 CANDIDATES = 256  # how far into the queue a batch looks for prompts of similar length
+JOIN_S = 5.0  # at the end, for a run in progress
 MIN_RETRY_S, MAX_RETRY_S = 0.05, 30.0
 
 
@@ -139,11 +140,11 @@ class Batcher:
             self._closing = True
             waiting = list(self._queue)
             self._changed.notify()
-        self._drop(waiting)
         for job in waiting:
             _fail(job, ShuttingDown())
+        self._drop(waiting)
         if self._thread.is_alive() and self._healthy:
-            await asyncio.to_thread(self._thread.join, self._limits.engine_timeout_s)
+            await asyncio.to_thread(self._thread.join, JOIN_S)
         for job in self._running:
             _fail(job, ShuttingDown())
 

@@ -204,13 +204,14 @@ def _environment_layer(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for name, value in environment.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and not _is_kubernetes_link(name)
+        if name.startswith(ENVIRONMENT_PREFIX) and not _is_kubernetes_link(name, value)
     }
 
 
-def _is_kubernetes_link(name: str) -> bool:
+def _is_kubernetes_link(name: str, value: str) -> bool:
     """Whether Kubernetes or Docker made this variable for a service called guard-something."""
-    return "_SERVICE_HOST" in name or "_SERVICE_PORT" in name or "_PORT_" in name
+    made = ("_SERVICE_HOST", "_SERVICE_PORT", "_PORT_")
+    return value.startswith("tcp://") or any(part in name for part in made)
 
 
 def _hint(name: str, prefix: str) -> str:

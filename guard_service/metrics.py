@@ -116,10 +116,12 @@ class HttpServer:
     """Serves the application from a thread."""
 
     def __init__(self, host: str, port: int, metrics: Metrics, probes: Probes) -> None:
-        """Bind; raises OSError when that fails."""
-        self._server = make_server(
-            host, port, application(metrics, probes), ThreadingWSGIServer, handler_class=_Handler
-        )
+        """Bind; raises OSError that names the address when that fails."""
+        app = application(metrics, probes)
+        try:
+            self._server = make_server(host, port, app, ThreadingWSGIServer, handler_class=_Handler)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="guard-metrics", daemon=True
         )

@@ -129,7 +129,7 @@ class Moderator:
         return judgement
 
     async def warm_up(self) -> None:
-        """Judge a greeting in each direction, so that the first caller finds everything in place."""
+        """Judge a greeting in each direction, so that the first caller need not wait for it."""
         policy = self.policy("")
         for role in (Role.USER, Role.ASSISTANT):
             greeting = Conversation((Message(role, (Text("Hello"),)),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import tempfile
 import threading
 import time
@@ -83,12 +84,12 @@ class GuardServer:
         started_at = Timestamp()
         started_at.FromNanoseconds(time.time_ns())
         self._describe(started_at)
-        if self.settings.metrics:
-            self._http = self._serve_http()
-        self._server = await self._bound(Servicer(self._moderator, self.settings, started_at))
-        await self._server.start()
-        self._batcher.start()
         try:
+            if self.settings.metrics:
+                self._http = self._serve_http()
+            self._server = await self._bound(Servicer(self._moderator, self.settings, started_at))
+            await self._server.start()
+            self._batcher.start()
             await asyncio.to_thread(self._engine.self_test)
             await self._moderator.warm_up()
         except BaseException:
@@ -126,15 +127,11 @@ class GuardServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
-        try:
-            if settings.tls_cert is None:
-                port = server.add_insecure_port(settings.address)
-            else:
-                port = server.add_secure_port(settings.address, _credentials(settings))
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise OSError(f"cannot listen on {settings.address}: taken, or not allowed")
+        _check_free(settings)
+        if settings.tls_cert is None:
+            port = server.add_insecure_port(settings.address)
+        else:
+            port = server.add_secure_port(settings.address, _credentials(settings))
         unix = settings.host.startswith("unix:")
         self.address = settings.host if unix else replace(settings, port=port).address
         return server
@@ -188,6 +185,18 @@ def _check_policies(moderator: Moderator) -> None:
     for policy in moderator.policies.values():
         if problem := unsupported(policy, moderator.card):
             LOG.warning("requests for it are refused: %s", problem)
+
+
+def _check_free(settings: Settings) -> None:
+    """Raise OSError that says why an address cannot be had; gRPC's own error does not."""
+    if settings.host.startswith("unix:"):
+        return
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot listen on {settings.address}: {reason}") from None
 
 
 def _options(settings: Settings) -> list[tuple[str, Any]]:

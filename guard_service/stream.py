@@ -45,8 +45,8 @@ async def judged(
     """Verdicts at the policy's cadence, where a piece asks for one, and on the whole reply.
 
     Pieces that arrive while a verdict is being made are judged together, up to one that asks for a
-    check. The policy is the one that was loaded at the start. Raises GuardServiceError; steps out of order
-    are InvalidStream, and so is a stream that closes before its end.
+    check. The policy is the one that was loaded at the start. Raises GuardServiceError; steps out
+    of order are InvalidStream, and so is a stream that closes before its end.
     """
     start = await _started(steps, bounds.idle_s)
     policy = moderator.policy(start.policy)

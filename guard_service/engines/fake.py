@@ -16,6 +16,7 @@ TEMPLATE = "compact"
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 UNSAFE_SCORE = 0.95
 SAFE_SCORE = 0.02
+CODES = tuple(category.code for category in LLAMA_GUARD_3)
 WORDS = {
     "fake-murder": "S1",
     "fake-fraud": "S2",
@@ -48,6 +49,7 @@ class FakeEngine:
         self,
         window_tokens: int = 512,
         custom_categories: bool = False,
+        categories: Sequence[str] = CODES,
         before_run: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
         self.card = ModelCard(
@@ -55,7 +57,7 @@ class FakeEngine:
             digest="sha256:" + "0" * 64,
             engine="fake",
             template=TEMPLATE,
-            categories=tuple(category.code for category in LLAMA_GUARD_3),
+            categories=tuple(categories),
             custom_categories=custom_categories,
             judges_images=False,
             window_tokens=window_tokens,
@@ -103,9 +105,8 @@ def assess_text(text: str) -> Assessment:
     """What the fake engine finds in a text."""
     places = {text.rfind(word): code for word, code in WORDS.items()}
     place = max(places)
-    codes = [category.code for category in LLAMA_GUARD_3]
     if place < 0:
-        return Assessment(SAFE_SCORE, {code: SAFE_SCORE / len(codes) for code in codes})
-    scores = {code: 0.05 / (len(codes) - 1) * UNSAFE_SCORE for code in codes}
+        return Assessment(SAFE_SCORE, {code: SAFE_SCORE / len(CODES) for code in CODES})
+    scores = {code: 0.05 / (len(CODES) - 1) * UNSAFE_SCORE for code in CODES}
     scores[places[place]] = UNSAFE_SCORE * 0.95
     return Assessment(UNSAFE_SCORE, scores)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from yaml.nodes import Node
 
 from guard_policies.assessment import Action, Assessment, Direction
 from guard_policies.decide import decide
 from guard_policies.loader import builtin_policies, load_policy, read_bytes
-from guard_policies.positions import Entry, PolicyError, Reader, quote, suggest
+from guard_policies.positions import Entry, PolicyError, Problem, Reader, quote, suggest
 from guard_policies.schema import Policy, Unscannable
+
+T = TypeVar("T")
 
 FILE_KEYS = ("policy", "cases")
 CASE_KEYS = ("name", "direction", "language", "unsafe", "scores", "unscannable", "expect")
@@ -75,7 +77,7 @@ def load_cases(
     """
     known = builtin_policies() if policies is None else policies
     cases: list[Case] = []
-    problems = []
+    problems: list[Problem] = []
     for path in map(Path, paths):
         for file in sorted(path.glob("*.y*ml")) if path.is_dir() else (path,):
             try:
@@ -187,7 +189,7 @@ def _codes(policy: Policy) -> list[str]:
     return [category.code for category in policy.categories]
 
 
-def _read(entries: Mapping[str, Entry], key: str, read: Any) -> Any:
+def _read(entries: Mapping[str, Entry], key: str, read: Callable[[Node], T | None]) -> T | None:
     entry = entries.get(key)
     return None if entry is None else read(entry.value)
 

@@ -74,24 +74,25 @@ def describe(policy: Policy) -> dict[str, Any]:
             }
             for one in policy.categories
         ],
-        "rules": {
-            direction.value: {
-                tag: [
-                    {
-                        "code": rule.category.code,
-                        "action": rule.action.value,
-                        "threshold": rule.threshold,
-                    }
-                    for rule in policy.rules(direction, tag)
-                ]
-                for tag in ("", *policy.languages)
-            }
-            for direction in Direction
-        },
+        "rules": {one.value: _rules_by_language(policy, one) for one in Direction},
         "on_unavailable": {one.value: policy.on_unavailable(one).value for one in Direction},
         "on_unscannable": {one.value: policy.on_unscannable(one).value for one in Direction},
         "stream": {"check_every_chars": policy.stream.check_every_chars},
         "refusal": dict(policy.refusals),
+    }
+
+
+def _rules_by_language(policy: Policy, direction: Direction) -> dict[str, list[dict[str, Any]]]:
+    return {
+        tag: [
+            {
+                "code": rule.category.code,
+                "action": rule.action.value,
+                "threshold": rule.threshold,
+            }
+            for rule in policy.rules(direction, tag)
+        ]
+        for tag in ("", *policy.languages)
     }
 
 

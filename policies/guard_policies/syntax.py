@@ -33,6 +33,7 @@ POLICY_KEYS = (
     "refusal",
 )
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+ENGINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CODE = re.compile(r"S[1-9][0-9]?")
 TAG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{1,8})*")
 _DELIMITER = re.compile(r"<\s*(begin|end)\b|<\|", re.IGNORECASE)
@@ -101,7 +102,7 @@ def read_draft(reader: Reader, root: MappingNode) -> Draft:
         version=_text(reader, entries, "version", 64) or "",
         description=_text(reader, entries, "description", 1000) or "",
         mode=_mode(reader, entries.get("mode")),
-        engine=_name(reader, entries.get("engine"), "engine") or ANY_ENGINE,
+        engine=_name(reader, entries.get("engine"), "engine", ENGINE) or ANY_ENGINE,
         base=_scope(reader, entries, SETTING_KEYS),
         wording=wording,
         categories=categories,
@@ -116,12 +117,15 @@ def _text(reader: Reader, entries: Mapping[str, Entry], key: str, longest: int) 
     return None if entry is None else reader.text(entry.value, key, longest)
 
 
-def _name(reader: Reader, entry: Entry | None, what: str) -> str | None:
+def _name(
+    reader: Reader, entry: Entry | None, what: str, pattern: re.Pattern[str] = NAME
+) -> str | None:
     value = None if entry is None else reader.text(entry.value, what, 64)
-    if entry is not None and value is not None and not NAME.fullmatch(value):
+    if entry is not None and value is not None and not pattern.fullmatch(value):
+        letters = "a-z" if pattern is NAME else "letters"
         reader.report(
             entry.value,
-            f"{what} {quote(value)} must be made of a-z, 0-9, '.', '_' and '-', "
+            f"{what} {quote(value)} must be made of {letters}, 0-9, '.', '_' and '-', "
             "and begin with a letter or digit",
         )
         return None

@@ -63,6 +63,7 @@ def test_schema_and_loader_know_the_same_keys_and_words() -> None:
     assert keys_of("stream") == set(syntax.STREAM_KEYS)
     assert tuple(SCHEMA["$defs"]["action"]["enum"]) == syntax.ACTIONS
     assert SCHEMA["$defs"]["threshold"]["minimum"] == MIN_THRESHOLD
+    assert SCHEMA["properties"]["engine"]["pattern"] == f"^{syntax.ENGINE.pattern}$"
     assert SCHEMA["$defs"]["name"]["pattern"] == f"^{syntax.NAME.pattern}$"
 
 
@@ -92,6 +93,7 @@ def test_schema_and_loader_know_the_same_keys_and_words() -> None:
         "stream: {check_every_chars: 1.5}",
         "refusal: ''",
         "refusal: {de: []}",
+        "engine: a b",
         "name: b c",
     ],
 )

@@ -2,14 +2,16 @@
 
 import os
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from guard_policies.assessment import Action, Direction
 from guard_policies.loader import (
     PolicyError,
-    builtin_policies,
     load_policies,
     load_policy,
     parse_policy,
@@ -175,6 +177,27 @@ def test_off_is_read_as_written(off: str) -> None:
     assert len(policy.categories) == 13
 
 
+@settings(deadline=None)
+@given(st.binary(max_size=200) | st.text(max_size=200))
+def test_noise_is_refused_in_an_orderly_way(noise: bytes | str) -> None:
+    assert mistakes(noise)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_policy_is_a_policy_or_a_list_of_mistakes(data: st.DataObject) -> None:
+    text = (resources.files("guard_policies") / "builtin" / "strict.yaml").read_text()
+    at = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, 30))
+    put = data.draw(st.text(st.sampled_from("S14: {}[]&*!|>-?#'\"\\\n\toffnaé\u2028"), max_size=10))
+    try:
+        policy = parse_policy(text[:at] + put + text[at + cut :])
+    except PolicyError as error:
+        assert all(one.line >= 1 and one.column >= 1 for one in error.problems)
+    else:
+        assert policy.categories
+
+
 def test_norwegian_is_a_language_and_versions_keep_their_zeros() -> None:
     policy = parse_policy("name: a\nversion: 1.10\nlanguages:\n  no: {threshold: 0.9}\n")
     assert policy.version == "1.10"
@@ -247,40 +270,3 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
             load_policy(place)
     with pytest.raises(PolicyError, match="cannot be read"):
         load_policies([tmp_path])
-
-
-def test_builtin_policies_are_the_three_that_are_documented() -> None:
-    assert sorted(builtin_policies()) == ["default", "permissive", "strict"]
-    assert all(name == policy.name for name, policy in builtin_policies().items())
-
-
-def test_the_default_policy_says_nothing_but_defaults_in_its_rules() -> None:
-    default, bare = builtin_policies()["default"], parse_policy(HEAD)
-    for direction in Direction:
-        assert default.rules(direction) == bare.rules(direction)
-        assert default.on_unavailable(direction) is bare.on_unavailable(direction)
-        assert default.on_unscannable(direction) is bare.on_unscannable(direction)
-    assert default.stream == bare.stream
-    assert default.refusal() == bare.refusal()
-
-
-def test_the_strict_policy_is_nowhere_milder_on_responses_and_the_permissive_nowhere_severer() -> (
-    None
-):
-    response = Direction.RESPONSE
-    tables = [
-        builtin_policies()[one].rules(response) for one in ("strict", "default", "permissive")
-    ]
-    for strict, default, permissive in zip(*tables, strict=True):
-        assert strict.threshold <= default.threshold
-        assert strict.action.severity >= default.action.severity >= permissive.action.severity
-
-
-def test_no_policy_that_comes_with_the_package_passes_the_gravest_unjudged() -> None:
-    for policy in builtin_policies().values():
-        assert not policy.custom
-        for direction in Direction:
-            rules = {rule.category.code: rule for rule in policy.rules(direction)}
-            assert all(rules[code].action is Action.BLOCK for code in ("S1", "S3", "S4", "S9"))
-            assert policy.on_unavailable(direction) is not Action.ALLOW
-            assert policy.on_unscannable(direction) is not Unscannable.ALLOW

@@ -108,8 +108,8 @@ def _read_back(body: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """The text as a careless reader takes it: no case, no letter styles, nothing invisible."""
-    single = (unicodedata.normalize("NFKC", char) for char in text.translate(_LATIN))
-    folded = [new if len(new) == 1 else " " for new in single]
+    styles = ((char, unicodedata.normalize("NFKC", char)) for char in text.translate(_LATIN))
+    folded = [plain if len(plain) == 1 else char for char, plain in styles]
     seen = [c for c in folded if unicodedata.category(c) not in ("Cf", "Mn", "Me") and c != "\x00"]
     return "".join(seen).casefold()
 

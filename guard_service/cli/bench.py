@@ -1,5 +1,73 @@
-"""x"""
+"""guardctl bench: how fast a guard answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guard_service.cli import options
 
 
-def bench() -> None:
-    """x"""
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="[service|engine]",
+            help="The service, or the bare engine in this process, without service or network.",
+        ),
+    ] = "service",
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-c", min=1, max=4096, help="Callers at a time.")
+    ] = 8,
+    duration_s: Annotated[
+        float, typer.Option("--duration", "-d", min=0.1, metavar="SECONDS", help="How long to run.")
+    ] = 10.0,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=0, help="Stop after so many calls; 0: by time only.")
+    ] = 0,
+    warm_up_s: Annotated[
+        float, typer.Option("--warm-up", min=0, metavar="SECONDS", help="Run first, not counted.")
+    ] = 2.0,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Conversations to send, JSON lines as of bulk, instead of the built-in sentences.",
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache/--cache", help="Ask for fresh verdicts.")
+    ] = True,
+    compare_engine: Annotated[
+        bool,
+        typer.Option(
+            "--compare-engine",
+            help="Run the bare engine on the same prompts too and tell what the service adds.",
+        ),
+    ] = False,
+    policy: options.PolicyName = "",
+    server: options.Server = "",
+    model: options.Model = "",
+    ca: options.Ca = None,
+    cert: options.Cert = None,
+    key: options.Key = None,
+    timeout_s: options.Timeout = 30.0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure latency and throughput, in a closed loop: each caller waits for its answer.
+
+    The built-in sentences are harmless and each is sent once only. The load is made in this
+    process; for figures of the service alone, run it on other cores.
+    """
+    from guard_service.cli import bench_run
+    from guard_service.cli.place import Place
+
+    how = bench_run.How(
+        what, concurrency, duration_s, count, warm_up_s, file, no_cache, policy, timeout_s
+    )
+    place = Place(server, model, (), ca, cert, key)
+    raise typer.Exit(bench_run.run(place, how, compare_engine, as_json))

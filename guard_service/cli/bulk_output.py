@@ -76,7 +76,7 @@ def is_packed(path: Path) -> bool:
 
 @contextmanager
 def open_input(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int], int]]:
-    """The stream, how many bytes of the file have been read so far, and the file's size (0: unknown)."""
+    """The stream, how many bytes of the file have been read, and its size (0: unknown)."""
     if str(path) == "-":
         with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
             yield stream, lambda: 0, 0

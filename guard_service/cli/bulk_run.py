@@ -70,7 +70,7 @@ def run(source: Path, result: Path, place: Place, how: How) -> int:
             output, done = stack.enter_context(open_output(result, records, how.restart))
             if done.lines:
                 _say(f"{done.lines} lines are in {result.name} already; going on behind them")
-            target, tls = stack.enter_context(place.open())
+            target, tls = stack.enter_context(place.open(apart=True))
             terms = Terms(timeout_s=how.timeout_s, tls=tls, retries=Retries(attempts=1))
             judge = Judge(GuardClient(target, terms), how)
             told = stack.enter_context(progress.shown(size))

@@ -1,4 +1,4 @@
-"""Where the guard is: at an address, or inside this process for as long as it is asked."""
+"""Where the guard is: at an address, or our own for as long as it is asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from guard_middleware.channel import TLS
 from guard_service.cli import exits
+from guard_service.cli.apart import guard_apart
 
 SERVER_VARIABLE = "GUARDCTL_SERVER"
 
@@ -33,8 +34,11 @@ class Place:
         return self.server or os.environ.get(SERVER_VARIABLE, "")
 
     @contextmanager
-    def open(self) -> Iterator[tuple[str, TLS | None]]:
-        """Target and TLS of the guard; one in this process is stopped on leaving."""
+    def open(self, apart: bool = False) -> Iterator[tuple[str, TLS | None]]:
+        """Target and TLS of the guard; one of our own is stopped on leaving.
+
+        Our own runs in this process, or `apart` in another: slower to start, faster under load.
+        """
         if self.address and (self.model or self.policies):
             exits.fail("--model and --policies are for a guard without --server", exits.USAGE)
         if self.address:
@@ -42,7 +46,8 @@ class Place:
             return
         if self.ca or self.cert or self.key:
             exits.fail("--ca, --cert and --key need --server", exits.USAGE)
-        with _in_process(self.model or "starter", self.policies) as target:
+        start = guard_apart if apart else guard_here
+        with start(self.model or "starter", self.policies) as target:
             yield target, None
 
     def _tls(self) -> TLS | None:
@@ -55,7 +60,8 @@ class Place:
 
 
 @contextmanager
-def _in_process(model: str, policies: tuple[Path, ...]) -> Iterator[str]:
+def guard_here(model: str, policies: tuple[Path, ...]) -> Iterator[str]:
+    """A guard in this process, stopped on leaving; yields its target. Ends guardctl on failure."""
     from guard_policies.loader import PolicyError
     from guard_service.config import Settings
     from guard_service.errors import GuardServiceError

@@ -300,9 +300,9 @@ def test_a_message_of_fifty_tokens_is_built_in_well_under_half_a_millisecond() -
     assert builder.build(conversation, LLAMA_GUARD_3).conversation_tokens > 50
     times = []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.process_time()
         builder.build(conversation, LLAMA_GUARD_3)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.0005
 
 

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guard_policies.taxonomy import LLAMA_GUARD_3
@@ -21,7 +21,11 @@ from guard_service.prompt import InvalidConversation, PromptBuilder
 from guard_service.tokenizer import LLAMA_3_SPECIAL, encode
 from tests.service.own_tokenizer import own_tokenizer
 
-_tried = settings(max_examples=int(os.environ.get("GUARD_TEST_EXAMPLES", "240")), deadline=None)
+_tried = settings(
+    max_examples=int(os.environ.get("GUARD_TEST_EXAMPLES", "240")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # of a busy machine
+)
 _SERVED = [
     "llama-guard-3-1b",
     "llama-guard-3-8b",
@@ -233,6 +237,7 @@ def test_the_exact_path_keeps_control_tokens_in_place_too(text: str) -> None:
     assert control(text) == control("x")
 
 
+@_tried
 @given(_letters, st.integers(0xD800, 0xDFFF), _letters)
 def test_lone_surrogates_are_refused_clearly(before: str, surrogate: int, behind: str) -> None:
     conversation = Conversation.of(("user", before + chr(surrogate) + behind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guard_policies.assessment import Direction
@@ -68,6 +68,7 @@ _TURNS = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_TURNS, st.integers(40, 200))
 def test_windows_cover_every_token_and_end_with_the_last_message(
     turns: list[tuple[str, str]], size: int
@@ -94,9 +95,9 @@ def test_windows_cover_every_token_and_end_with_the_last_message(
 def test_the_work_is_linear_in_the_text(unit: str) -> None:
     def seconds(length: int) -> float:
         conversation = Conversation.of(("user", unit * (length // len(unit))))
-        start = time.perf_counter()
+        start = time.process_time()
         _build(conversation, 1000)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(10_000)
     assert seconds(200_000) < 60 * max(min(seconds(20_000) for _ in range(3)), 0.005)

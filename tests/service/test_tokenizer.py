@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -50,6 +50,7 @@ def test_special_spellings_are_ordinary_text() -> None:
     assert own_tokenizer().decode(ids) == "<|eot_id|><|begin_of_text|>"
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back_whole(text: str) -> None:
     ids = encode(own_tokenizer(), text)

@@ -78,7 +78,7 @@ def is_packed(path: Path) -> bool:
 def open_input(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int], int]]:
     """The stream, how many bytes of the file have been read, and its size (0: unknown)."""
     if str(path) == "-":
-        with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
+        with open(0, "rb", closefd=False) as stream:  # a buffer of our own: it is read in a thread
             yield stream, lambda: 0, 0
         return
     with path.open("rb") as file:
@@ -152,12 +152,16 @@ def _whole_lines(file: BinaryIO) -> tuple[int, int]:
 def _whole_members(file: BinaryIO) -> tuple[int, int]:
     """Where the last whole gzip member of a file ends, and how many lines there are until then."""
     end = count = lines = 0
-    inflate, data = zlib.decompressobj(_GZIP), b""
+    inflate, data, last = zlib.decompressobj(_GZIP), b"", b"\n"
     try:
         while data or (data := file.read(_CHUNK)):
-            lines += inflate.decompress(data, _CHUNK).count(b"\n")
+            content = inflate.decompress(data, _CHUNK)
+            lines += content.count(b"\n")
+            last = content[-1:] or last
             data = inflate.unconsumed_tail
             if inflate.eof:
+                if last != b"\n":
+                    raise NotResumable("it is not the output of a bulk run")
                 data = inflate.unused_data
                 end, count = file.tell() - len(data), lines
                 inflate = zlib.decompressobj(_GZIP)

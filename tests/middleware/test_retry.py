@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guard_middleware.errors import (
@@ -62,6 +62,7 @@ def test_no_pause_reaches_past_the_deadline() -> None:
 @given(
     st.floats(0.01, 60), st.floats(0, 0.999), st.floats(0, 30), st.integers(1, 12), st.floats(0, 9)
 )
+@settings(deadline=None)
 def test_all_pauses_together_fit_into_the_deadline(
     timeout_s: float, draw: float, retry_after_s: float, tries: int, call_s: float
 ) -> None:

@@ -152,8 +152,9 @@ class Share:
 def sample_epoch(rows: Sequence[Row], mix: Sequence[Share], seed: int) -> list[tuple[Row, float]]:
     """One epoch: from each file its share, balanced over (source, label, code, language).
 
-    Cells are drawn from in proportion to the square root of their size, so that a large source
-    does not drown a small one; rows repeat only when a cell has too few.
+    Safe and unsafe rows keep the file's ratio. Within a label, cells are drawn from in proportion to
+    the square root of their size, so that a large source does not drown a small one; a row is
+    repeated at most once.
     """
     by_file: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -161,16 +162,25 @@ def sample_epoch(rows: Sequence[Row], mix: Sequence[Share], seed: int) -> list[t
     epoch: list[tuple[Row, float]] = []
     for share in mix:
         rng = random.Random(f"{seed}/{share.file}")
-        cells: dict[Any, list[Row]] = defaultdict(list)
-        for row in by_file.get(share.file, []):
-            code = row.categories[0] if row.categories else None
-            cells[(row.source, row.unsafe, code, row.language)].append(row)
-        total = sum(len(cell) ** 0.5 for cell in cells.values())
-        for key in sorted(cells, key=str):
-            cell = cells[key]
-            want = max(1, round(share.rows * len(cell) ** 0.5 / total))
-            take = min(want, 2 * len(cell))
-            drawn = [rng.sample(cell, min(len(cell), take - n)) for n in range(0, take, len(cell))]
-            epoch += [(row, share.weight) for part in drawn for row in part]
+        owned = by_file.get(share.file, [])
+        for unsafe in (False, True):
+            labelled = [row for row in owned if row.unsafe is unsafe]
+            want = round(share.rows * len(labelled) / max(1, len(owned)))
+            epoch += [(row, share.weight) for row in _balanced(labelled, want, rng)]
     random.Random(seed).shuffle(epoch)
     return epoch
+
+
+def _balanced(rows: Sequence[Row], want: int, rng: random.Random) -> list[Row]:
+    cells: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        code = row.categories[0] if row.categories else None
+        cells[(row.source, code, row.language)].append(row)
+    total = sum(len(cell) ** 0.5 for cell in cells.values())
+    drawn: list[Row] = []
+    for key in sorted(cells, key=str):
+        cell = cells[key]
+        take = min(max(1, round(want * len(cell) ** 0.5 / total)), 2 * len(cell))
+        for n in range(0, take, len(cell)):
+            drawn += rng.sample(cell, min(len(cell), take - n))
+    return drawn

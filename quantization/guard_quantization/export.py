@@ -3,15 +3,15 @@
 The graph scores a batch of rows that share one prefix, whose keys and values come from an earlier
 run ("snapshot"). Inputs and outputs, for B rows of L tokens, a prefix of P, R reads per row:
 
-    ids         int64 [B, L]                   right-padded; nothing looks at padding
-    read        int64 [B, R]                   positions in the row at which logits are wanted
-    past_k.i    float [1, kv_heads, 1, d, P]   keys of layer i, transposed; P may be 0
-    past_v.i    float [1, kv_heads, 1, P, d]
-    logits      float [B, R, H]                for the H head tokens only
+    ids         int64 [B, L]                right-padded; nothing looks at padding
+    read        int64 [B, R]                positions in the row at which logits are wanted
+    past_k.i    float [1, kv_heads, P, d]   keys of layer i; P may be 0
+    past_v.i    float [1, kv_heads, P, d]
+    logits      float [B, R, H]             for the H head tokens only
     present_k.i, present_v.i               of the rows, laid out as the past; free if not fetched
 
-Attention is plain operators that broadcast: neither the keys of a group nor those of the prefix are
-copied per row, and a row's numbers do not depend on the other rows. In the last layer only the positions that are
+Attention is plain operators, with the queries of a group folded into the length so that its keys
+are not repeated. A row's numbers do not depend on the other rows. In the last layer only the positions that are
 read have queries and an MLP.
 """
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper
 
 from guard_quantization.graph import DATA_FILE, Graph
-from guard_quantization.int4 import quantize_blocks
+from guard_quantization.int4 import CHANNEL_MOST, quantize_blocks, quantize_channels
 
 Floats = NDArray[np.float32]
 MODEL_FILE = "model.onnx"
@@ -48,12 +48,20 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How weights are stored: bits 32 (float), 8 or 4, in blocks of input channels."""
+    """How weights are stored and multiplied.
+
+    `bits` is 32 (float), 8 or 4. Kernel "blocks" is MatMulNBits: weights in blocks of input
+    channels, activations in the same blocks. Kernel "rows" quantizes the activations of a token by
+    one scale and multiplies by weights of one scale per output channel: about twice as fast, and
+    coarser. 4-bit weights are expanded for it when the graph is loaded. Its weights take 7 bits, so
+    that AVX2's 16-bit sums of products cannot saturate.
+    """
 
     bits: int = 4
     block: int = 32
     embedding_bits: int = 4
     accuracy_level: int = 4  # of MatMulNBits: 4 computes with int8 activations, 0 and 1 with float
+    kernel: str = "blocks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,23 +173,19 @@ class _Decoder:
         self._geometry()
         x = self._embed()
         outputs = []
-        for layer in range(s.layers):
-            last = layer == s.layers - 1
-            x = self._layer(layer, x, last)
-            outputs += [
-                _value(f"present_k.{layer}", ["B", s.kv_heads, 1, s.head_dim, "L"]),
-                _value(f"present_v.{layer}", ["B", s.kv_heads, 1, "L", s.head_dim]),
-            ]
-        rows = self._head_rows(head)
-        matrix = g.constant("lm_head", rows.T)
-        g.op("MatMul", self._norm(x, "model.norm.weight"), matrix, out="logits")
         inputs = [
             _value("ids", ["B", "L"], TensorProto.INT64),
             _value("read", ["B", "R"], TensorProto.INT64),
         ]
         for layer in range(s.layers):
-            inputs.append(_value(f"past_k.{layer}", [1, s.kv_heads, 1, s.head_dim, "P"]))
-            inputs.append(_value(f"past_v.{layer}", [1, s.kv_heads, 1, "P", s.head_dim]))
+            last = layer == s.layers - 1
+            x = self._layer(layer, x, last)
+            for kind in "kv":
+                inputs.append(_value(f"past_{kind}.{layer}", [1, s.kv_heads, "P", s.head_dim]))
+                outputs.append(_value(f"present_{kind}.{layer}", ["B", s.kv_heads, "L", s.head_dim]))
+        rows = self._head_rows(head)
+        matrix = g.constant("lm_head", rows.T)
+        g.op("MatMul", self._norm(x, "model.norm.weight"), matrix, out="logits")
         logits = _value("logits", ["B", "R", len(rows)])
         return helper.make_graph(g.nodes, "guard", inputs, [logits, *outputs], g.initializers)
 
@@ -209,22 +213,29 @@ class _Decoder:
     def _geometry(self) -> None:
         """Rotary tables of this run's positions, the causal mask and the mask of the reads."""
         g = self.g
-        past_1, length_1 = g.op("Shape", "past_v.0", start=3, end=4), g.op("Shape", "ids", start=1)
-        self.lengths = g.op("Concat", past_1, length_1, axis=0)
-        length, past = g.op("Squeeze", length_1), g.op("Squeeze", past_1)
-        own = g.op("Range", g.number(0), length, g.number(1))  # [L]
-        place = g.op("Cast", g.op("Add", own, past), to=TensorProto.FLOAT)
+        shape = g.op("Shape", "ids")
+        self.rows = g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(1)), g.ints(1, 1, 1), axis=0)
+        length = g.op("Gather", shape, g.number(1))
+        past = g.op("Gather", g.op("Shape", "past_v.0"), g.number(2))
+        own = g.op("Range", past, g.op("Add", past, length), g.number(1))  # positions: [L]
+        place = g.op("Unsqueeze", g.op("Cast", own, to=TensorProto.FLOAT), g.ints(1))
         frequencies = g.constant("rotary", np.array([self.shape.frequencies], np.float32))
-        angles = g.op("Mul", g.op("Unsqueeze", place, g.ints(1)), frequencies)  # [L, d/2]
+        angles = g.op("Mul", place, frequencies)  # [L, d/2]
         self.cos, self.sin = g.op("Cos", angles), g.op("Sin", angles)
-        self.own = own
-        seen = g.constant("seen", np.array(0, np.float32))
-        hidden = g.constant("hidden", np.array(-1e9, np.float32))
-        causal = g.op("LessOrEqual", own, g.op("Unsqueeze", own, g.ints(1)))
-        self.mask = g.op("Where", causal, seen, hidden)  # [L, L]
-        upto = g.op("Unsqueeze", "read", g.ints(1, 2, 4))  # [B, 1, 1, R, 1]
-        self.read_mask = g.op("Where", g.op("LessOrEqual", own, upto), seen, hidden)
+        seen = g.op("Range", g.number(0), g.op("Add", past, length), g.number(1))  # [P + L]
+        self.mask = self._masked(seen, own, 1)  # [group * L, P + L]
+        self.read_mask = self._masked(seen, g.op("Add", "read", past), 1, 3)  # [B, 1, group * R, ...]
         self.read_index = g.op("Unsqueeze", "read", g.ints(2))
+
+    def _masked(self, seen: str, positions: str, *axes: int) -> str:
+        """0 where a position may look, far below elsewhere; once for each query of a group."""
+        g = self.g
+        columns = g.op("Unsqueeze", positions, g.ints(*axes))
+        allowed = g.op("LessOrEqual", seen, columns)
+        low, zero = (g.constant(f"float_{x}", np.array(x, np.float32)) for x in (-1e9, 0))
+        mask = g.op("Where", allowed, zero, low)
+        group = self.shape.heads // self.shape.kv_heads
+        return g.op("Concat", *[mask] * group, axis=-2)
 
     def _embed(self) -> str:
         """Rows of the embedding table, dequantized after they are gathered."""
@@ -266,14 +277,20 @@ class _Decoder:
         weight = np.concatenate(matrices)  # [N, K]
         if p.bits == 32:
             return g.op("MatMul", x, g.constant(name, weight.T))
+        if p.kernel == "rows" and p.bits == 8:
+            codes, scale = quantize_channels(weight)
+            return self._by_rows(x, g.constant(f"{name}.codes", codes), g.constant(f"{name}.scales", scale))
         blocks = quantize_blocks(weight, p.bits, p.block)
-        # MatMulNBits wants float32 scales; onnxruntime folds this cast when it loads.
-        scales = g.constant(f"{name}.scales", blocks.scales)
+        # float16 on disk, float32 in use; onnxruntime folds what is constant when it loads.
+        scales = g.op("Cast", g.constant(f"{name}.scales", blocks.scales), to=TensorProto.FLOAT)
+        codes = g.constant(f"{name}.codes", blocks.packed())
+        if p.kernel == "rows":
+            return self._by_rows(x, *self._expanded(codes, scales, weight.shape))
         return g.op(
             "MatMulNBits",
             x,
-            g.constant(f"{name}.codes", blocks.packed()),
-            g.op("Cast", scales, to=TensorProto.FLOAT),
+            codes,
+            scales,
             domain="com.microsoft",
             K=weight.shape[1],
             N=weight.shape[0],
@@ -281,6 +298,46 @@ class _Decoder:
             block_size=p.block,
             accuracy_level=p.accuracy_level,
         )
+
+    def _by_rows(self, x: str, weight: str, scales: str) -> str:
+        """x, quantized by one scale per token, times int8 weight [K, N] of scales [N]."""
+        g = self.g
+        small = g.constant("small", np.array(1e-9, np.float32))  # a row of zeros stays zeros
+        middle = g.constant("middle_byte", np.array(128, np.uint8))
+        one = g.constant("one", np.array(1, np.float32))
+        step = g.constant("step", np.array(1 / 127, np.float32))
+        largest = g.op("ReduceMax", g.op("Abs", x), g.ints(-1), keepdims=1)
+        scale = g.op("Max", g.op("Mul", largest, step), small)  # [B, L, 1]
+        flat = g.op("Reshape", scale, g.ints(-1))
+        rows = g.op("Reshape", x, g.op("Concat", g.op("Shape", flat), g.ints(-1), axis=0))
+        zero = g.op("Expand", middle, g.op("Shape", flat))
+        codes = g.op("QuantizeLinear", rows, flat, zero, axis=0)
+        lead = g.op("Shape", x, start=0, end=2)
+        codes = g.op("Reshape", codes, g.op("Concat", lead, g.ints(-1), axis=0))
+        inputs = (codes, weight, one, scales, middle)
+        product = g.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
+        return g.op("Mul", product, scale)
+
+    def _expanded(self, codes: str, scales: str, shape: tuple[int, ...]) -> tuple[str, str]:
+        """int8 weight [K, N] and its scales [N] from 4-bit blocks: constants once loaded."""
+        g, block = self.g, self.precision.block
+        low = g.op("BitwiseAnd", codes, g.constant("nibble", np.array(15, np.uint8)))
+        shift = g.constant("shift", np.array(4, np.uint8))
+        high = g.op("BitShift", codes, shift, direction="RIGHT")
+        pairs = [g.op("Unsqueeze", half, g.ints(3)) for half in (low, high)]
+        whole = g.op("Concat", *pairs, axis=3)  # [N, blocks, block / 2, 2]
+        whole = g.op("Reshape", whole, g.ints(0, 0, block))
+        middle = g.constant("middle", np.array(8, np.float32))
+        centred = g.op("Sub", g.op("Cast", whole, to=TensorProto.FLOAT), middle)
+        floats = g.op("Mul", centred, g.op("Unsqueeze", scales, g.ints(2)))
+        floats = g.op("Reshape", floats, g.ints(0, -1))
+        floats = g.op("Slice", floats, g.ints(0), g.ints(shape[1]), g.ints(1))
+        largest = g.op("ReduceMax", g.op("Abs", floats), g.ints(1), keepdims=1)
+        scale = g.op("Div", largest, g.constant("most", np.array(CHANNEL_MOST, np.float32)))
+        scale = g.op("Max", scale, g.constant("small", np.array(1e-9, np.float32)))
+        rounded = g.op("Round", g.op("Div", floats, scale))
+        weight = g.op("Transpose", g.op("Cast", rounded, to=TensorProto.INT8), perm=[1, 0])
+        return weight, g.op("Reshape", scale, g.ints(-1))
 
     def _sizes(self, part: str) -> tuple[int, int]:
         s = self.shape
@@ -313,7 +370,7 @@ class _Decoder:
         return g.op("Add", x, self._linear(gated, f"{mlp}.down", f"{mlp}.down_proj"))
 
     def _query_key_value(self, layer: int, x: str, last: bool) -> tuple[str, str, str]:
-        """Rotated query [B, kv, group, Q, d], rotated key [B, kv, 1, d, L], value."""
+        """Rotated query [B, kv, group * Q, d], rotated key and value [B, kv, L, d]."""
         g, s, at = self.g, self.shape, f"model.layers.{layer}.self_attn"
         wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
         scale = s.head_dim**-0.5
@@ -331,12 +388,13 @@ class _Decoder:
             query, key = g.ops("Split", 2, turned, g.ints(wide, narrow), axis=-1)
         group = s.heads // s.kv_heads
         query = g.op("Reshape", query, g.ints(0, 0, s.kv_heads, group, s.head_dim))
-        key = g.op("Reshape", key, g.ints(0, 0, s.kv_heads, 1, s.head_dim))
-        value = g.op("Reshape", value, g.ints(0, 0, s.kv_heads, 1, s.head_dim))
+        key = g.op("Reshape", key, g.ints(0, 0, s.kv_heads, s.head_dim))
+        value = g.op("Reshape", value, g.ints(0, 0, s.kv_heads, s.head_dim))
+        query = g.op("Transpose", query, perm=[0, 2, 3, 1, 4])
         return (
-            g.op("Transpose", query, perm=[0, 2, 3, 1, 4]),
-            g.op("Transpose", key, perm=[0, 2, 3, 4, 1], out=f"present_k.{layer}"),
-            g.op("Transpose", value, perm=[0, 2, 3, 1, 4], out=f"present_v.{layer}"),
+            g.op("Reshape", query, g.ints(0, 0, -1, s.head_dim)),
+            g.op("Transpose", key, perm=[0, 2, 1, 3], out=f"present_k.{layer}"),
+            g.op("Transpose", value, perm=[0, 2, 1, 3], out=f"present_v.{layer}"),
         )
 
     def _rotate(self, x: str, positions: str) -> str:
@@ -346,13 +404,14 @@ class _Decoder:
 
     def _attend(self, layer: int, query: str, key: str, value: str, mask: str) -> str:
         """Softmax attention over the prefix and the row's own positions: [B, Q, heads * d]."""
-        g = self.g
-        own = g.op("Add", g.op("MatMul", query, key), mask)
-        scores = g.op("Concat", g.op("MatMul", query, f"past_k.{layer}"), own, axis=-1)
-        shares = g.op("Softmax", scores, axis=-1)
-        of_prefix, of_own = g.ops("Split", 2, shares, self.lengths, axis=-1)
-        prefix = g.op("MatMul", of_prefix, f"past_v.{layer}")
-        mixed = g.op("Add", prefix, g.op("MatMul", of_own, value))  # [B, kv, group, Q, d]
+        g, s = self.g, self.shape
+        past = [g.op("Expand", f"past_{kind}.{layer}", self.rows) for kind in "kv"]
+        keys = g.op("Concat", past[0], key, axis=2)  # [B, kv, P + L, d]
+        values = g.op("Concat", past[1], value, axis=2)
+        scores = g.op("FusedMatMul", query, keys, domain="com.microsoft", transB=1)
+        scores = g.op("Add", scores, mask)  # [B, kv, group * Q, P + L]
+        mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
+        mixed = g.op("Reshape", mixed, g.ints(0, 0, s.heads // s.kv_heads, -1, s.head_dim))
         mixed = g.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
         return g.op("Reshape", mixed, g.ints(0, 0, -1))
 

@@ -17,6 +17,7 @@ Bytes = NDArray[np.uint8]
 
 # Candidate clipping points of a block, as shares of its largest magnitude.
 _SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
+CHANNEL_MOST = 63  # of a code by output channel: sums of two products with bytes fit in 16 bits
 _SMALLEST_SCALE = np.float32(6.2e-5)  # above float16's subnormals, where its precision fades
 
 
@@ -70,6 +71,15 @@ def quantize_blocks(
         part = slice(at, at + step)
         codes[part], scales[part] = _search(values[part], bits, shares)
     return Blocks(codes, scales, bits, columns)
+
+
+def quantize_channels(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Quantize weight [N, K] with one scale per output channel: codes [K, N], scales [N]."""
+    if not np.isfinite(weight).all():
+        raise ValueError("weights are not finite")
+    scale = np.maximum(np.abs(weight).max(1), 1e-9) / CHANNEL_MOST
+    codes = np.rint(weight / scale[:, None]).astype(np.int8)
+    return np.ascontiguousarray(codes.T), scale.astype(np.float32)
 
 
 def _search(values: Floats, bits: int, shares: Floats) -> tuple[Bytes, NDArray[np.float16]]:

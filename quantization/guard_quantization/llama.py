@@ -177,14 +177,19 @@ class GuardLlama(nn.Module):
             kept.append(own)
         return x, kept
 
+    def states(self, prefix: Tensor, rows: Tensor, read: Tensor) -> Tensor:
+        """Normalised hidden states [B, R, width] in front of the output layer; see `forward`."""
+        _, past = self._run(prefix[None], 0, None)
+        hidden, _ = self._run(rows, prefix.shape[0], past)
+        index = read[..., None].expand(-1, -1, hidden.shape[-1])
+        picked: Tensor = self.model["norm"](hidden.gather(1, index))
+        return picked
+
     def forward(self, prefix: Tensor, rows: Tensor, read: Tensor) -> Tensor:
         """Logits of the verdict tokens.
 
         prefix [P] tokens that all rows share; rows [B, L] right-padded (padding is never looked
         back at); read [B, R] positions within a row. Returns [B, R, head_tokens] in float32.
         """
-        _, past = self._run(prefix[None], 0, None)
-        hidden, _ = self._run(rows, prefix.shape[0], past)
-        index = read[..., None].expand(-1, -1, hidden.shape[-1])
-        picked = self.model["norm"](hidden.gather(1, index))
-        return self.lm_head(picked).float()
+        logits: Tensor = self.lm_head(self.states(prefix, rows, read)).float()
+        return logits

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 from guard_quantization.data import Row
-from guard_quantization.training import batches, fit
+from guard_quantization.training import Report, batches, fit
 
 CODES = tuple(f"S{n}" for n in range(1, 15))
 
@@ -28,12 +26,16 @@ class Teacher(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
-        """ids, mask, segments [B, L] -> logits [B, 1 + codes] in float32."""
+    def pooled(self, ids: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+        """ids, mask, segments [B, L] -> mean-pooled output [B, width] in float32."""
         out = self.encoder(input_ids=ids, attention_mask=mask, token_type_ids=segments)
         hidden = out.last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return pooled
+
+    def judge(self, pooled: Tensor) -> Tensor:
+        """Pooled output [B, width] -> logits [B, 1 + codes]."""
         logits: Tensor = self.head(F.dropout(pooled, 0.1, self.training) * 4)
         return logits
 
@@ -59,27 +61,29 @@ class Judge:
         second = [*ask[: self.most_tokens], end]
         return first + second, [0] * len(first) + [1] * len(second)
 
-    def logits(self, encoded: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Logits [B, 1 + codes] of one padded batch."""
+    def pooled(self, encoded: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Pooled output [B, width] of one padded batch."""
         width = max(len(ids) for ids, _ in encoded)
         pad = [[0] * (width - len(ids)) for ids, _ in encoded]
         ids = torch.tensor([e[0] + p for e, p in zip(encoded, pad, strict=True)])
         segments = torch.tensor([e[1] + p for e, p in zip(encoded, pad, strict=True)])
         mask = torch.tensor([[1] * len(e[0]) + p for e, p in zip(encoded, pad, strict=True)])
         with torch.autocast("cpu", torch.bfloat16):
-            out: Tensor = self.model(ids, mask, segments)
-        return out
+            return self.model.pooled(ids, mask, segments)
 
     @torch.inference_mode()
-    def scores(self, rows: Sequence[Row], tokens: int = 4096) -> NDArray[np.float32]:
-        """Logits [rows, 1 + codes] of all rows, in their order."""
+    def views(self, rows: Sequence[Row], tokens: int = 4096) -> tuple[Tensor, Tensor]:
+        """Logits [rows, 1 + codes] and pooled outputs [rows, width] of all rows, in their order."""
         self.model.eval()
         encoded = [self.encode(row) for row in rows]
-        result = np.zeros((len(rows), 1 + len(CODES)), np.float32)
+        pooled = torch.empty(len(rows), self.model.head.in_features)
         order = batches(range(len(rows)), [len(e[0]) for e in encoded], tokens, 0)
-        for batch in order:
-            result[batch] = self.logits([encoded[i] for i in batch]).float().numpy()
-        return result
+        report = Report("teacher looks", len(order))
+        for done, batch in enumerate(order, 1):
+            pooled[batch] = self.pooled([encoded[i] for i in batch])
+            report.at(done, "")
+        report.close()
+        return self.model.judge(pooled), pooled
 
 
 def targets(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +106,7 @@ def train_teacher(
         work += batches(items, [len(item[0][0]) for item in items], 2048, seed)
 
     def loss_of(batch: list[tuple[tuple[list[int], list[int]], Row, float]]) -> Tensor:
-        logits = judge.logits([item[0] for item in batch])
+        logits = judge.model.judge(judge.pooled([item[0] for item in batch]))
         unsafe, codes, known = targets([item[1] for item in batch])
         weights = torch.tensor([item[2] for item in batch])
         smooth = unsafe * 0.96 + 0.02

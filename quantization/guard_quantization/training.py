@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,8 +90,11 @@ def fit(
     warmup: int = 200,
     every: int = 500,
     clip: float = 1.0,
+    around: Callable[[float], AbstractContextManager[None]] = lambda share: nullcontext(),
 ) -> None:
     """One optimizer step per element of `work`; goes on from `checkpoint` when that exists.
+
+    `around` gives the context in which loss and gradient are computed, for the share of steps done.
 
     `work` must be the same sequence on every call: the checkpoint remembers how many elements are
     done. Ctrl-C leaves the last checkpoint behind.
@@ -106,9 +110,10 @@ def fit(
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * factor
             torch.manual_seed(step)
-            loss = loss_of(work[step])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with around(step / len(work)):
+                loss = loss_of(work[step])
+                loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             average += (loss.item() - average) / min(step - done + 1, 200)

@@ -1,0 +1,266 @@
+"""The student: a Llama that judges with the template that serves, taught by labels and the teacher."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guard_policies.assessment import Direction
+from guard_policies.taxonomy import LLAMA_GUARD_3
+from guard_quantization.data import Row
+from guard_quantization.llama import GuardLlama
+from guard_quantization.teacher import CODES, targets
+from guard_quantization.training import batches, fit
+from guard_service.conversation import Conversation
+from guard_service.prompt import PromptBuilder
+
+# Rows of the output layer, in the order of quantize.verdict_tokens.
+SAFE_ROW, UNSAFE_ROW, CODE_ROWS, HEAD_ROWS = 0, 1, slice(6, 6 + len(CODES)), 7 + len(CODES)
+_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One row made ready for the student."""
+
+    row: Row
+    weight: float
+    ids: list[int]  # body, closing, and the verdict's tokens up to "S"
+    view: int  # index of the teacher's view, -1 without
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """Longest texts of a lesson, in characters; longer ones keep their beginning and their end."""
+
+    context: int = 200
+    judged: int = 480
+
+
+class Classroom:
+    """Turns rows into lessons: the serving prompt builder, augmentation, and the teacher's views."""
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        verdict: Sequence[int],
+        views: Mapping[str, int],
+        crop: Crop = Crop(),
+    ) -> None:
+        self.builder, self.verdict, self.views, self.crop = builder, list(verdict), views, crop
+
+    def prefix(self, direction: Direction) -> Tensor:
+        """Tokens in front of every conversation of that direction."""
+        return torch.tensor(self.builder.prefix(direction, LLAMA_GUARD_3))
+
+    def lesson(self, row: Row, weight: float, rng: random.Random | None) -> Lesson:
+        """`rng` varies case and final punctuation, which carry no meaning; None leaves the text."""
+        turns = [
+            (role, _cropped(text, self.crop.judged if last else self.crop.context))
+            for last, (role, text) in _marked(row.turns)
+        ]
+        if rng is not None:
+            turns[-1] = (turns[-1][0], _varied(turns[-1][1], rng))
+        built = self.builder.build(Conversation.of(*turns), LLAMA_GUARD_3)
+        prompt = built.prompts[-1]
+        ids = [*prompt.body, *prompt.closing, *self.verdict]
+        return Lesson(row, weight, ids, self.views.get(row.id, -1))
+
+
+def _marked(turns: Sequence[tuple[str, str]]) -> Iterator[tuple[bool, tuple[str, str]]]:
+    for at, turn in enumerate(turns):
+        yield at == len(turns) - 1, turn
+
+
+def _cropped(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} ... {text[-(most // 3) :]}"
+
+
+def _varied(text: str, rng: random.Random) -> str:
+    way = rng.random()
+    if way < 0.12:
+        return text.lower()
+    if way < 0.16:
+        return text[:1].upper() + text[1:]
+    if way < 0.18:
+        return text.upper()
+    if way < 0.26:
+        return text.rstrip(".!?")
+    if way < 0.28:
+        return text + rng.choice(("?", "!", ".", " ?", "!!", "\n"))
+    return text
+
+
+class Student(nn.Module):
+    """A GuardLlama and, for training only, a projection to the teacher's pooled output."""
+
+    def __init__(self, llama: GuardLlama, width: int) -> None:
+        super().__init__()
+        self.llama = llama
+        self.project = nn.Linear(llama.shape.hidden_size, width)
+
+    def forward(self, prefix: Tensor, batch: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
+        """Logits [B, 2, head] at the end of the closing and at "S"; projections [B, width]."""
+        width = max(len(lesson.ids) for lesson in batch)
+        rows = torch.tensor([lesson.ids + [0] * (width - len(lesson.ids)) for lesson in batch])
+        ends = torch.tensor([len(lesson.ids) - 1 for lesson in batch])
+        read = torch.stack([ends - 3, ends], 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = self.llama.states(prefix, rows, read)
+            logits = self.llama.lm_head(states)
+            projected = self.project(states[:, 0])
+        return logits.float(), projected.float()
+
+
+def verdict_loss(
+    logits: Tensor, batch: Sequence[Lesson], views: Tensor, trust: float = 0.4
+) -> Tensor:
+    """Cross-entropy of the verdict and of the first code, per row [B].
+
+    `views` [N, 1 + codes] are the teacher's logits; where there is one, the target is `trust` of
+    its belief and the rest the label.
+    """
+    unsafe, codes, known = targets([lesson.row for lesson in batch])
+    seen = torch.tensor([lesson.view for lesson in batch])
+    has = (seen >= 0).float()
+    belief = views[seen.clamp(min=0)]
+    share = trust * has
+    unsafe = (unsafe * 0.97 + 0.015) * (1 - share) + torch.sigmoid(belief[:, 0]) * share
+    binary = F.binary_cross_entropy_with_logits(
+        logits[:, 0, UNSAFE_ROW] - logits[:, 0, SAFE_ROW], unsafe, reduction="none"
+    )
+    wrong = torch.tensor([float(lesson.row.unsafe) for lesson in batch])
+    told = belief[:, 1:].softmax(-1)
+    mixed = codes * (1 - share)[:, None] + told * share[:, None]
+    first = torch.where((known > 0)[:, None], mixed, told)
+    counts = wrong * torch.where(known > 0, torch.ones_like(has), 0.5 * has)
+    coded = -(first * F.log_softmax(logits[:, 1, CODE_ROWS], -1)).sum(-1) * counts
+    return binary + 0.35 * coded
+
+
+def feature_loss(projected: Tensor, batch: Sequence[Lesson], pooled: Tensor) -> Tensor:
+    """1 - cosine between the student's projection and the teacher's output, per row [B]."""
+    seen = torch.tensor([lesson.view for lesson in batch])
+    cosine = F.cosine_similarity(projected, pooled[seen.clamp(min=0)], dim=-1)
+    return (1 - cosine) * (seen >= 0).float()
+
+
+@contextmanager
+def quantized_weights(model: GuardLlama) -> Iterator[None]:
+    """Weights as 4-bit storage will round them, inside the context (straight-through estimator).
+
+    Bengio et al., 2013: the gradient at the rounded weights is applied to the unrounded ones.
+    """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and not name.startswith("lm_head"):
+            kept.append((parameter, parameter.data))
+            parameter.data = _rounded(parameter.data)
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    blocks = weight.view(weight.shape[0], -1, _BLOCK)
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = extreme / -8
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
+
+
+def parameter_groups(student: Student, relative_lr: float) -> list[dict[str, object]]:
+    """A learning rate per tensor, in proportion to its size (as Adafactor does; Shazeer, Stern 2018).
+
+    A transplanted residual stream grows from layer to layer, and with it the weights that write.
+    """
+    named = dict(student.named_parameters())
+    groups: list[dict[str, object]] = []
+    for name, parameter in named.items():
+        like = named[name.replace("up_proj", "gate_proj")] if "up_proj" in name else parameter
+        size = float(like.detach().square().mean().sqrt())
+        groups.append({"params": [parameter], "lr": relative_lr * max(size, 0.02)})
+    return groups
+
+
+def distill(
+    student: Student,
+    classroom: Classroom,
+    epochs: Sequence[Sequence[tuple[Row, float]]],
+    views: tuple[Tensor, Tensor],
+    checkpoint: Path,
+    *,
+    relative_lr: float = 2.5e-3,
+    tokens: int = 2560,
+    quantized_from: float = 0.75,
+) -> None:
+    """Train on epochs of weighted rows; resumable. The last part sees weights as 4 bits keep them."""
+    logits, pooled = views
+    work = list(_work(classroom, epochs, tokens))
+    prefixes = {direction: classroom.prefix(direction) for direction in Direction}
+
+    def loss_of(batch: list[Lesson]) -> Tensor:
+        found, projected = student(prefixes[batch[0].row.direction], batch)
+        weights = torch.tensor([lesson.weight for lesson in batch])
+        loss = verdict_loss(found, batch, logits) * weights
+        return (loss + feature_loss(projected, batch, pooled)).mean()
+
+    @contextmanager
+    def around(share: float) -> Iterator[None]:
+        if share < quantized_from:
+            yield
+            return
+        with quantized_weights(student.llama):
+            yield
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, relative_lr), betas=(0.9, 0.98), weight_decay=0.0
+    )
+    fit(
+        student, optimizer, work, loss_of, what="student", checkpoint=checkpoint, around=around,
+        warmup=150, every=200,
+    )  # fmt: skip
+
+
+def _work(
+    classroom: Classroom, epochs: Sequence[Sequence[tuple[Row, float]]], tokens: int
+) -> Iterator[list[Lesson]]:
+    for seed, epoch in enumerate(epochs):
+        rng = random.Random(seed)
+        lessons = [classroom.lesson(row, weight, rng) for row, weight in epoch]
+        made: list[list[Lesson]] = []
+        for direction in Direction:
+            own = [lesson for lesson in lessons if lesson.row.direction is direction]
+            made += batches(own, [len(lesson.ids) for lesson in own], tokens, seed)
+        rng.shuffle(made)
+        yield from made
+
+
+@torch.inference_mode()
+def judge_rows(
+    student: Student, classroom: Classroom, rows: Sequence[Row], tokens: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """Unsafe logit [rows] and log-probabilities of codes [rows, codes], in the order of the rows."""
+    student.eval()
+    unsafe = torch.empty(len(rows))
+    codes = torch.empty(len(rows), len(CODES))
+    lessons = [classroom.lesson(row, 1.0, None) for row in rows]
+    for direction in Direction:
+        own = [at for at, lesson in enumerate(lessons) if lesson.row.direction is direction]
+        prefix = classroom.prefix(direction)
+        for batch in batches(own, [len(lessons[at].ids) for at in own], tokens, 0):
+            logits, _ = student(prefix, [lessons[at] for at in batch])
+            unsafe[batch] = logits[:, 0, UNSAFE_ROW] - logits[:, 0, SAFE_ROW]
+            codes[batch] = logits[:, 1, CODE_ROWS].log_softmax(-1)
+    return unsafe, codes

@@ -1,0 +1,196 @@
+"""The starter's pipeline: tokenizer, teacher, views, student, evaluation, artifact; stage by stage.
+
+Every stage writes into the run folder and stamps what it was made from. A stage whose stamp fits is
+skipped; training goes on from its last checkpoint; a result of another recipe is never written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, BertModel
+
+from guard_quantization.data import Row, contrast_rows, read_folder, sample_epoch
+from guard_quantization.distill import HEAD_ROWS, Classroom, Student, distill
+from guard_quantization.llama import GuardLlama
+from guard_quantization.quantize import verdict_tokens
+from guard_quantization.recipe import Epoch, Recipe, shares
+from guard_quantization.teacher import CODES, Judge, train_teacher
+from guard_quantization.transplant import token_streams, transplant
+from guard_quantization.vocabulary import train_tokenizer, word_vectors
+from guard_service.prompt import PromptBuilder
+from guard_service.tokenizer import load_tokenizer
+
+_SAMPLE_ROWS = 800  # texts from which the transplant takes its statistics
+_SAMPLE_TOKENS = 48
+
+
+class StaleStage(RuntimeError):
+    """The run folder holds a stage's result that was made from something else."""
+
+
+class Pipeline:
+    """One recipe in one run folder. `encoder` is the folder of the sentence encoder (BERT)."""
+
+    def __init__(self, recipe: Recipe, data: Path, runs: Path, encoder: Path) -> None:
+        self.recipe, self.data, self.encoder = recipe, data, encoder
+        self.folder = runs / recipe.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All labelled rows: the data folder and the contrast families of this package."""
+        return [*read_folder(self.data), *contrast_rows()]
+
+    @cached_property
+    def train_rows(self) -> list[Row]:
+        """What may be trained on."""
+        held = set(self.recipe.held_out)
+        return [row for row in self.rows if row.split == "train" and row.source not in held]
+
+    def epochs(self, mixes: Sequence[Epoch], languages: Sequence[str]) -> list[list[tuple[Row, float]]]:
+        """The rows of each epoch, drawn as the recipe says."""
+        rows = [row for row in self.train_rows if not languages or row.language in languages]
+        seed = self.recipe.seed
+        return [sample_epoch(rows, shares(mix), seed + at) for at, mix in enumerate(mixes)]
+
+    def tokenizer(self) -> Tokenizer:
+        """Stage 1: the student's tokenizer."""
+        path = self.folder / "tokenizer.json"
+
+        def make() -> None:
+            trained = train_tokenizer(
+                self._texts(), self.recipe.tokenizer.size, self.recipe.student.template
+            )
+            path.write_text(trained.to_str(), "utf-8")
+
+        self._stage("tokenizer", ("tokenizer",), make)
+        return load_tokenizer(path)
+
+    def teacher(self) -> Judge:
+        """Stage 2: the fine-tuned encoder."""
+        plan = self.recipe.teacher
+        judge = Judge(self.encoder, plan.most_tokens)
+        checkpoint = self.folder / "teacher.pt"
+
+        def make() -> None:
+            torch.manual_seed(self.recipe.seed)
+            train_teacher(judge, self.epochs(plan.epochs, plan.languages), checkpoint, plan.lr)
+
+        self._stage("teacher", ("teacher",), make)
+        judge.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+        judge.model.eval()
+        return judge
+
+    def views(self) -> tuple[dict[str, int], Tensor, Tensor]:
+        """Stage 3: what the teacher thinks of the student's rows: index by id, logits, outputs."""
+        path = self.folder / "views.pt"
+
+        def make() -> None:
+            plan, languages = self.recipe.student, set(self.recipe.teacher.languages)
+            epochs = self.epochs(plan.epochs, plan.languages)
+            seen = {row.id: row for epoch in epochs for row, _ in epoch}
+            rows = [row for row in seen.values() if not languages or row.language in languages]
+            logits, pooled = self.teacher().views(rows)
+            ids = [row.id for row in rows]
+            torch.save({"ids": ids, "logits": logits.half(), "pooled": pooled.half()}, path)
+
+        self._stage("views", ("teacher", "student"), make)
+        kept = torch.load(path, weights_only=True)
+        index = {row: at for at, row in enumerate(kept["ids"])}
+        return index, kept["logits"].float(), kept["pooled"].float()
+
+    def student(self) -> tuple[Student, Classroom]:
+        """Stage 4: the distilled Llama."""
+        plan = self.recipe.student
+        tokenizer = self.tokenizer()
+        checkpoint = self.folder / "student.pt"
+        verdict = verdict_tokens(tokenizer, CODES)
+        builder = PromptBuilder(tokenizer, plan.template, plan.window_tokens)
+        spoken = (verdict.unsafe, verdict.newline, verdict.mark)
+        student = self.new_student(tokenizer)
+
+        def make() -> None:
+            index, logits, pooled = self.views()
+            classroom = Classroom(builder, spoken, index)
+            epochs = self.epochs(plan.epochs, plan.languages)
+            torch.manual_seed(self.recipe.seed)
+            distill(
+                student,
+                classroom,
+                epochs,
+                (logits, pooled),
+                checkpoint,
+                relative_lr=plan.relative_lr,
+                tokens=plan.tokens,
+                quantized_from=plan.quantized_from,
+            )
+
+        self._stage("student", ("tokenizer", "teacher", "student"), make)
+        student.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+        student.eval()
+        return student, Classroom(builder, spoken, {})
+
+    def new_student(self, tokenizer: Tokenizer) -> Student:
+        """A student at its beginning: the encoder written anew as a Llama."""
+        shape = self.recipe.student.llama(tokenizer.get_vocab_size())
+        encoder_tokenizer = AutoTokenizer.from_pretrained(self.encoder, local_files_only=True)
+        encoder = BertModel.from_pretrained(
+            self.encoder, local_files_only=True, attn_implementation="eager"
+        ).eval()
+        texts = [row.turns[-1][1] for row in self._sample()]
+        sample = encoder_tokenizer(
+            texts, padding=True, truncation=True, max_length=_SAMPLE_TOKENS, return_tensors="pt"
+        )
+        state = transplant(encoder, sample.input_ids, sample.attention_mask, shape)
+        state.pop("readout")
+        words = encoder.embeddings.word_embeddings.weight.detach()
+        vectors = word_vectors(tokenizer, encoder_tokenizer, words)
+        state["model.embed_tokens.weight"] = token_streams(encoder, vectors).detach()
+        torch.manual_seed(self.recipe.seed)
+        student = Student(GuardLlama(shape, HEAD_ROWS, dropout=0.05), encoder.config.hidden_size)
+        student.llama.load_state_dict(state, strict=False)
+        return student
+
+    def _sample(self) -> list[Row]:
+        rows = [
+            row
+            for row in self.train_rows
+            if row.language == "en" and row.file in ("prompts_harm", "prompts_safe")
+        ]
+        return rows[:: max(1, len(rows) // _SAMPLE_ROWS)]
+
+    def _texts(self) -> Iterator[str]:
+        for row in self.train_rows:
+            for _, text in row.turns:
+                yield text[:1500]
+
+    def _stage(self, name: str, sections: Sequence[str], make: Callable[[], None]) -> None:
+        stamp = self.folder / f"{name}.stamp"
+        wanted = {"stage": name, "recipe": self.recipe.digest(*sections), "data": self._data_digest}
+        begun = self.folder / f"{name}.begun"
+        for path in (stamp, begun):
+            if path.exists() and json.loads(path.read_text()) != wanted:
+                raise StaleStage(
+                    f"{path} is of another recipe or other data; take another --runs folder, "
+                    f"or delete the {name} files there"
+                )
+        if stamp.exists():
+            return
+        begun.write_text(json.dumps(wanted))
+        make()
+        begun.rename(stamp)
+
+    @cached_property
+    def _data_digest(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(f"{row.id} {row.unsafe} {row.split}\n".encode())
+        return digest.hexdigest()

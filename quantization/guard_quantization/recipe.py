@@ -1,0 +1,127 @@
+"""A recipe: what is trained on what, read from YAML and checked field by field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from guard_quantization.data import Share
+from guard_quantization.export import Precision
+from guard_quantization.llama import LlamaShape
+
+
+class RecipeError(ValueError):
+    """The recipe is not one; the text names the file and the field."""
+
+
+Epoch = Mapping[str, tuple[int, float]]  # file -> rows, loss weight
+
+
+def shares(epoch: Epoch) -> list[Share]:
+    """The mix of one epoch."""
+    return [Share(file, int(rows), float(weight)) for file, (rows, weight) in epoch.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerPlan:
+    """How many tokens the student's vocabulary has."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """How the sentence encoder is fine-tuned."""
+
+    lr: float
+    most_tokens: int
+    languages: tuple[str, ...]  # empty: all
+    epochs: tuple[Epoch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentPlan:
+    """What the student looks like and how it is taught."""
+
+    template: str
+    window_tokens: int
+    shape: Mapping[str, float]  # LlamaShape without vocab_size
+    relative_lr: float
+    tokens: int
+    quantized_from: float
+    languages: tuple[str, ...]
+    epochs: tuple[Epoch, ...]
+
+    def llama(self, vocab_size: int) -> LlamaShape:
+        """The decoder's geometry."""
+        return LlamaShape(vocab_size=vocab_size, **self.shape)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The whole way from data to an artifact."""
+
+    name: str
+    seed: int
+    held_out: tuple[str, ...]
+    tokenizer: TokenizerPlan
+    teacher: TeacherPlan
+    student: StudentPlan
+    export: Precision
+
+    def digest(self, *sections: str) -> str:
+        """Hash of what the named sections say, together with the seed and the held-out sources."""
+        whole = asdict(self)
+        chosen = {name: whole[name] for name in ("seed", "held_out", *sections)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises RecipeError for unknown, missing and ill-typed fields."""
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    try:
+        recipe: Recipe = _made(Recipe, document, "recipe")
+        recipe.student.llama(1)
+        for epoch in (*recipe.teacher.epochs, *recipe.student.epochs):
+            shares(epoch)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return recipe
+
+
+def _made(kind: Any, value: Any, where: str) -> Any:
+    if not is_dataclass(kind):
+        return _plain(kind, value, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a mapping")
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(set(value) - known):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    hints = get_type_hints(kind)
+    made = {name: _made(hints[name], value[name], f"{where}.{name}") for name in value}
+    return kind(**made)
+
+
+def _plain(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list")
+        return tuple(value)
+    wanted = (int, float) if kind is float else get_origin(kind) or kind
+    if isinstance(kind, UnionType):
+        wanted = get_args(kind)
+    if wanted is Mapping or getattr(wanted, "__name__", "") == "Mapping":
+        wanted = dict
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    return value

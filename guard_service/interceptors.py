@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -34,6 +35,7 @@ LOG = logging.getLogger("guard_service.access")
 SERVICE = "guard_api.v1.GuardService"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 CROWDED_RETRY_S = 0.25
+QUIET_S = 0.1
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -102,6 +104,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._empty = asyncio.Event()
         self._empty.set()
         self._expired = False
+        self._ended = 0  # calls, however they ended
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until the last call has ended; after `timeout_s` the rest is ended."""
@@ -114,6 +117,16 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             for task in self._tasks:
                 task.cancel()
             return False
+
+    async def quiet(self, timeout_s: float) -> None:
+        """Wait until no call comes to be refused any more: gRPC cancels those that still wait in
+        its own queues when it stops, and their callers would not learn why."""
+        seen = -1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while seen != self._ended:
+                    seen = self._ended
+                    await asyncio.sleep(QUIET_S)
 
     async def intercept_service(
         self,
@@ -180,7 +193,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             error, code = refused, refused.code.name
         except asyncio.CancelledError:
             if not self._expired:
-                code = grpc.StatusCode.CANCELLED.name
+                code = _gone(context).name
                 raise
             error, code = ShuttingDown(), ShuttingDown.code.name
         except Exception:
@@ -226,6 +239,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _account(
         self, call: Call, code: str, error: GuardServiceError | None, total_s: float
     ) -> None:
+        self._ended += 1
         self._metrics.requests.labels(call.rpc, code).inc()
         self._metrics.request_seconds.labels(call.rpc).observe(total_s)
         if not LOG.isEnabledFor(logging.INFO):
@@ -274,6 +288,13 @@ def _decoded(request: object) -> object:
 async def _each_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _decoded(request)
+
+
+def _gone(context: Context) -> grpc.StatusCode:
+    """Why a caller is gone: gRPC cancels a call for both reasons."""
+    remaining = context.time_remaining()
+    late = remaining is not None and remaining <= 0
+    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
 
 def _request_id(offered: str | bytes | None) -> str:

@@ -34,6 +34,7 @@ from guard_service.servicer import Servicer
 
 LOG = logging.getLogger(__name__)
 FLUSH_S = 1.0  # after the last verdict: for its bytes to leave
+LAME_DUCK_S = 3.0  # after the drain: for telling latecomers to go elsewhere
 JOIN_S = 5.0
 
 
@@ -49,7 +50,7 @@ class GuardServer:
         self._metrics = Metrics()
         self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes)
         self._health = Health(("", SERVICE))
-        self._batcher = Batcher(
+        self.batcher = Batcher(
             engine,
             QueueLimits(
                 queue_items=settings.max_queue_items,
@@ -58,12 +59,12 @@ class GuardServer:
                 batch_tokens=settings.batch_tokens,
                 engine_timeout_s=settings.engine_timeout_s,
             ),
-            on_health=self._worker_answers,
+            on_health=self.worker_answers,
             on_run=self._ran,
         )
         self._moderator = Moderator(
             engine,
-            self._batcher,
+            self.batcher,
             policies,
             settings.default_policy,
             Bounds(settings.max_conversation_tokens, settings.max_conversation_chars),
@@ -89,7 +90,7 @@ class GuardServer:
                 self._http = self._serve_http()
             self._server = await self._bound(Servicer(self._moderator, self.settings, started_at))
             await self._server.start()
-            self._batcher.start()
+            self.batcher.start()
             await asyncio.to_thread(self._engine.self_test)
             await self._moderator.warm_up()
         except BaseException:
@@ -104,10 +105,12 @@ class GuardServer:
         """
         self._open(State.DRAINING)
         drained = await self._door.drained(grace_s)
+        if grace_s:
+            await self._door.quiet(LAME_DUCK_S)
         if self._server is not None:
             await self._server.stop(FLUSH_S if grace_s else 0.0)
             self._server = None
-        await self._batcher.close()
+        await self.batcher.close()
         self._moderator.close()
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
@@ -143,7 +146,7 @@ class GuardServer:
         self._health.set(state is State.OPEN)
         self._metrics.ready.set(state is State.OPEN)
 
-    def _worker_answers(self, healthy: bool) -> None:
+    def worker_answers(self, healthy: bool) -> None:
         self._open(State.OPEN if healthy else State.STUCK)
 
     def _ran(self, items: int, seconds: float) -> None:
@@ -168,8 +171,8 @@ class GuardServer:
             metrics.policy_info.labels(
                 policy.name, policy.version, policy.digest, policy.mode.value
             ).set(1)
-        metrics.queue_items.set_function(lambda: self._batcher.queued_items)
-        metrics.queue_tokens.set_function(lambda: self._batcher.queued_tokens)
+        metrics.queue_items.set_function(lambda: self.batcher.queued_items)
+        metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
         metrics.started.set(started_at.ToNanoseconds() / 1e9)
         metrics.ready.set(0)
 
@@ -203,7 +206,9 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-        ("grpc.max_concurrent_streams", settings.max_calls),
+        # Of one connection. Clients hold back what is over it, so it is more than we admit: else
+        # they would not hear at once that there is no room.
+        ("grpc.max_concurrent_streams", 4 * settings.max_calls),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.keepalive_time_ms", 60_000),  # finds dead peers
         ("grpc.keepalive_timeout_ms", 20_000),

@@ -35,6 +35,7 @@ class Row:
     source: str
     file: str  # name without .jsonl.gz, for example "prompts_safe"
     split: str  # "train", "dev" or "test"
+    group: str = ""  # of a probe row: what it probes
 
     @property
     def direction(self) -> Direction:
@@ -69,6 +70,7 @@ def _row(item: dict[str, Any], file: str) -> Row:
         source=item["source"],
         file=file,
         split=item["split"],
+        group=item.get("group", ""),
     )
 
 

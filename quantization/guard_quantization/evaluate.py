@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3
@@ -54,14 +56,10 @@ def score_rows(engine: Engine, rows: Sequence[Row], what: str = "evaluate") -> S
 
 
 def auroc(labels: NDArray[np.bool_], scores: Floats) -> float:
-    """Area under the ROC curve (Mann-Whitney U, ties count half); NaN when one class is missing."""
-    positive, negative = scores[labels], scores[~labels]
-    if not len(positive) or not len(negative):
+    """Area under the ROC curve (ties count half); NaN when one class is missing."""
+    if labels.all() or not labels.any():
         return float("nan")
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, "left")
-    upto = np.searchsorted(ordered, positive, "right")
-    return float((below + upto).mean() / 2 / len(negative))
+    return float(roc_auc_score(labels, scores))
 
 
 def expected_calibration_error(labels: NDArray[np.bool_], scores: Floats) -> float:
@@ -135,20 +133,8 @@ def fit_calibration(labels: NDArray[np.bool_], scores: Floats) -> Calibration:
     """Platt scaling (Platt, 1999) of uncalibrated P(unsafe), both classes weighing the same."""
     clipped = np.clip(scores, 1e-6, 1 - 1e-6)
     logits = np.log(clipped / (1 - clipped))
-    weights = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
-    scale, bias = 1.0, 0.0
-    for _ in range(100):  # Newton's method on the weighted cross-entropy
-        p = 1 / (1 + np.exp(-(scale * logits + bias)))
-        slope = weights * (p - labels)
-        curve = weights * p * (1 - p)
-        gradient = np.array([(slope * logits).sum(), slope.sum()])
-        cross = (curve * logits).sum()
-        hessian = np.array([[(curve * logits**2).sum(), cross], [cross, curve.sum()]])
-        step = np.linalg.solve(hessian + 1e-9 * np.eye(2), gradient)
-        scale, bias = scale - step[0], bias - step[1]
-        if np.abs(step).max() < 1e-8:
-            break
-    return Calibration(float(max(scale, 1e-3)), float(bias))
+    fitted = LogisticRegression(C=1e6, class_weight="balanced").fit(logits[:, None], labels)
+    return Calibration(float(max(fitted.coef_[0, 0], 1e-3)), float(fitted.intercept_[0]))
 
 
 def calibrations(rows: Sequence[Row], scores: Floats) -> Mapping[Direction, Calibration]:

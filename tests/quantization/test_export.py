@@ -90,12 +90,18 @@ def test_float_export_equals_torch_with_and_without_a_snapshot(
     with torch.no_grad():
         wanted = model(*map(torch.from_numpy, batch)).numpy()
     assert wanted.std() > 0.3
-    np.testing.assert_allclose(runner.logits(rows, read, runner.snapshot(prefix)), wanted, atol=1e-4)
+    np.testing.assert_allclose(
+        runner.logits(rows, read, runner.snapshot(prefix)), wanted, atol=1e-4
+    )
     whole = np.concatenate([np.tile(prefix, (5, 1)), rows], axis=1)
     np.testing.assert_allclose(runner.logits(whole, read + len(prefix)), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", [FLOAT, Precision(8, 32, 8), Precision(4, 32, 4)], ids=str)
+@pytest.mark.parametrize(
+    "precision",
+    [FLOAT, Precision(8, 32, 8), Precision(4, 32, 4), Precision(4, 32, 4, kernel="rows")],
+    ids=str,
+)
 def test_a_row_scores_the_same_alone_and_in_a_batch(
     tmp_path: Path, batch: tuple[NDArray[np.int64], ...], precision: Precision
 ) -> None:
@@ -110,7 +116,13 @@ def test_a_row_scores_the_same_alone_and_in_a_batch(
 
 @pytest.mark.parametrize(
     ("precision", "most"),
-    [(Precision(8, 32, 8, 0), 0.02), (Precision(8, 32, 8), 0.04), (Precision(4, 32, 4), 0.35)],
+    [
+        (Precision(8, 32, 8, 0), 0.02),
+        (Precision(8, 32, 8), 0.04),
+        (Precision(8, 32, 8, kernel="rows"), 0.06),
+        (Precision(4, 32, 4), 0.35),
+        (Precision(4, 32, 4, kernel="rows"), 0.35),
+    ],
     ids=str,
 )
 def test_quantized_logits_stay_near_torch(

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_quantization.export import ExportError, Precision, export_graph
 from guard_quantization.hf import LLAMA_GUARD_3_1B, Checkpoint, export_checkpoint
 from guard_quantization.quantize import verdict_tokens
-from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_service.conversation import Conversation
 from guard_service.engines.onnx import OnnxEngine
 from tests.quantization.test_export import Runner

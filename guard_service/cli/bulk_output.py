@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import io
 import itertools
 import json
 import os
@@ -78,8 +79,8 @@ def is_packed(path: Path) -> bool:
 def open_input(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int], int]]:
     """The stream, how many bytes of the file have been read, and its size (0: unknown)."""
     if str(path) == "-":
-        with open(0, "rb", closefd=False) as stream:  # a buffer of our own: it is read in a thread
-            yield stream, lambda: 0, 0
+        # A buffer of our own, never closed: closing would wait for the thread that reads from it.
+        yield io.BufferedReader(io.FileIO(0, closefd=False)), lambda: 0, 0
         return
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -32,7 +32,7 @@ class Pace:
         self._taken = 0
         self._closed_until = 0.0
         self._pause_s = SHORTEST_PAUSE_S
-        self._answered = clock()
+        self._away_since: float | None = None
         self._stopped = False
 
     @property
@@ -62,7 +62,7 @@ class Pace:
     def answered(self) -> None:
         """The guard answered a call: a little more may be asked of it."""
         with self._changed:
-            self._answered = self._clock()
+            self._away_since = None
             self._pause_s = SHORTEST_PAUSE_S
             self._places = min(self._most, self._places + 1 / self._places)
             self._changed.notify()
@@ -71,12 +71,13 @@ class Pace:
         """The guard was full or away: pause, then ask less. False when patience has run out."""
         with self._changed:
             now = self._clock()
+            if self._away_since is None:
+                self._away_since = now
             if now >= self._closed_until:  # one halving for all calls that met the same full queue
                 self._places = max(1.0, self._places / 2)
-                pause_s = max(retry_after_s or 0.0, self._pause_s)
-                self._closed_until = now + min(pause_s, LONGEST_PAUSE_S)
+                self._closed_until = now + max(retry_after_s or 0.0, self._pause_s)
                 self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-            return now - self._answered <= self._patience_s
+            return now - self._away_since <= self._patience_s
 
     def stop(self) -> None:
         """Let go everybody who waits."""

@@ -104,7 +104,7 @@ class AsyncGuardClient:
         await self._learn()
         limit = self._terms.stream_timeout_s if timeout_s is None else timeout_s
         call = self._stub.ClassifyStream(timeout=limit, metadata=tuple(self._terms.metadata))
-        sender = asyncio.create_task(_send(call, start, pieces))
+        sender = asyncio.create_task(_send(call, start, pieces), name="guard-stream-sender")
         reader = calls.StreamReader()
         try:
             async for reply in call:

@@ -256,7 +256,7 @@ def test_batch_names_the_item_that_is_no_conversation(target: str) -> None:
 
 
 def test_stream_yields_verdicts_as_asked_and_a_final_one(service: FakeService, target: str) -> None:
-    pieces = [Piece("ab", check=True), "cd"]
+    pieces: list[Piece | str] = [Piece("ab", check=True), "cd"]
     with GuardClient(target) as guard:
         found = list(guard.classify_stream("hi", pieces))
     assert [(one.covered_chars, one.final) for one in found] == [(2, False), (4, True)]

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,6 +262,24 @@ def test_interrupted_run_says_so_and_can_go_on(
     assert [one["id"] for one in read(out)] == [f"r{number}" for number in range(10)]
 
 
+def test_live_pipe_is_answered_before_it_ends_and_can_be_interrupted(server: list[str]) -> None:
+    command = [sys.executable, "-c", "from guard_service.cli import main; main()", "bulk", "-", "-"]
+    with subprocess.Popen(
+        [*command, *server],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as run:
+        assert run.stdin and run.stdout and run.stderr
+        run.stdin.write(b'{"id": "a", "text": "0.5"}\n')
+        run.stdin.flush()
+        assert json.loads(run.stdout.readline())["id"] == "a"
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+        assert b"interrupted after 1 lines" in run.stderr.read()
+
+
 @pytest.mark.parametrize("arguments", [["none", "out"], ["in", "none/out"], ["in", "in"]])
 def test_impossible_files_are_wrong_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
@@ -331,7 +351,9 @@ def test_pace_runs_out_of_patience_only_without_answers() -> None:
     pace.answered()
     clock.now_s = 18.0
     assert pace.turned_away(None)
-    clock.now_s = 20.0
+    clock.now_s = 28.0
+    assert pace.turned_away(None)
+    clock.now_s = 28.1
     assert not pace.turned_away(None)
 
 

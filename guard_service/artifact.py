@@ -27,7 +27,7 @@ _MAX_OTHER_BYTES = 64 * 2**30
 
 
 class ArtifactError(ValueError):
-    """The folder is not an artifact that can be served. The text says what is wrong, and the cure."""
+    """The folder cannot be served. The text says what is wrong with it, and the cure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ def load(folder: Path) -> Artifact:
         manifest = parse_manifest(_content(root, MANIFEST_FILE))
     except ManifestError as error:
         listed = "\n".join(f"  - {problem}" for problem in error.problems)
-        raise ArtifactError(f"{path} is not a manifest this version can serve:\n{listed}") from error
+        raise ArtifactError(
+            f"{path} is not a manifest this version can serve:\n{listed}"
+        ) from error
     problems = _strangers(root, manifest) + _damage(root, manifest)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)

@@ -1,4 +1,4 @@
-"""The manifest of an artifact, guard.json: what it says, and a strict reader that names every mistake."""
+"""The manifest of an artifact, guard.json: what it says, and a reader that names every mistake."""
 
 from __future__ import annotations
 
@@ -300,11 +300,16 @@ def _manifest(r: _Reader, document: dict[str, Any]) -> Manifest | None:
         geometry=r.made(Geometry, **{**geometry, "vocab": r.whole(1, 2**24)}),
         parameters=r.whole(1, 2**40),
         quantization=r.made(
-            Quantization, scheme=r.one_of(SCHEMES), embedding=r.one_of(SCHEMES), block=r.whole(0, 512)
+            Quantization,
+            scheme=r.one_of(SCHEMES),
+            embedding=r.one_of(SCHEMES),
+            block=r.whole(0, 512),
         ),
         calibration=r.mapping(way, calibration, 2),
         golden=r.many(
-            r.made(Golden, turns=r.many(turn, 64), unsafe=score, categories=r.mapping(code, score, 99)),
+            r.made(
+                Golden, turns=r.many(turn, 64), unsafe=score, categories=r.mapping(code, score, 99)
+            ),
             1000,
         ),
         tolerance=r.real(0, 0.2),

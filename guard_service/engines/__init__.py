@@ -11,7 +11,6 @@ from typing import Protocol
 from guard_policies.assessment import Assessment
 from guard_service.prompt import Prompt, PromptBuilder
 
-
 STARTER = "starter"
 FAKE = "fake"
 

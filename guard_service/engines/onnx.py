@@ -51,7 +51,11 @@ class OnnxEngine:
         self._session = _session(artifact.model, threads)
         _check_graph(self._session, manifest)
         self._column = {token: at for at, token in enumerate(manifest.verdict.head)}
-        self._speculated = (manifest.verdict.unsafe, manifest.verdict.newline, manifest.verdict.mark)
+        self._speculated = (
+            manifest.verdict.unsafe,
+            manifest.verdict.newline,
+            manifest.verdict.mark,
+        )
         self._snapshots = Snapshots(snapshot_bytes) if prefix_cache else None
         self._no_past = _no_past(manifest)
 
@@ -126,11 +130,13 @@ class OnnxEngine:
         if prompt.image is not None:
             raise EngineFailed("this model cannot judge images")
         length = len(prompt.prefix) + len(prompt.body) + len(prompt.closing) + 3
-        if length > self._manifest.geometry.max_positions:
-            raise EngineFailed(
-                f"a prompt of {length} tokens; the model takes {self._manifest.geometry.max_positions}"
-            )
-        if not prompt.categories or not set(prompt.categories) <= self._manifest.verdict.codes.keys():
+        most = self._manifest.geometry.max_positions
+        if length > most:
+            raise EngineFailed(f"a prompt of {length} tokens; the model takes {most}")
+        if (
+            not prompt.categories
+            or not set(prompt.categories) <= self._manifest.verdict.codes.keys()
+        ):
             raise EngineFailed("the prompt lists a category that the model has no code for")
 
     def _row(self, prompt: Prompt, cached: int) -> list[int]:
@@ -233,21 +239,15 @@ def _session(model: Path, threads: int) -> Any:
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(
-            str(model), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
         raise EngineFailed(f"{model.name} cannot be loaded: {error}") from error
 
 
 def _no_past(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
     g = manifest.geometry
-    keys, values = (1, g.kv_heads, 1, g.head_dim, 0), (1, g.kv_heads, 1, 0, g.head_dim)
-    return {
-        f"past_{kind}.{layer}": np.zeros(shape, np.float32)
-        for layer in range(g.layers)
-        for kind, shape in (("k", keys), ("v", values))
-    }
+    nothing = np.zeros((1, g.kv_heads, 0, g.head_dim), np.float32)
+    return {f"past_{kind}.{layer}": nothing for layer in range(g.layers) for kind in "kv"}
 
 
 def _check_graph(session: Any, manifest: Manifest) -> None:

@@ -44,7 +44,7 @@ class Snapshots:
             return found
 
     def put(self, prefix: tuple[int, ...], snapshot: Snapshot) -> None:
-        """Keep a snapshot; the longest unused go when there is no room. Too large ones are not kept."""
+        """Keep a snapshot unless it is too large; the longest unused make room for it."""
         with self._lock:
             known = self._held.pop(prefix, None)
             self._bytes -= known.size if known is not None else 0

@@ -11,8 +11,8 @@ run ("snapshot"). Inputs and outputs, for B rows of L tokens, a prefix of P, R r
     present_k.i, present_v.i               of the rows, laid out as the past; free if not fetched
 
 Attention is plain operators, with the queries of a group folded into the length so that its keys
-are not repeated. A row's numbers do not depend on the other rows. In the last layer only the positions that are
-read have queries and an MLP.
+are not repeated. A row's numbers do not depend on the other rows. In the last layer only the
+positions that are read have queries and an MLP.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ class _Decoder:
             x = self._layer(layer, x, last)
             for kind in "kv":
                 inputs.append(_value(f"past_{kind}.{layer}", [1, s.kv_heads, "P", s.head_dim]))
-                outputs.append(_value(f"present_{kind}.{layer}", ["B", s.kv_heads, "L", s.head_dim]))
+                outputs.append(
+                    _value(f"present_{kind}.{layer}", ["B", s.kv_heads, "L", s.head_dim])
+                )
         rows = self._head_rows(head)
         matrix = g.constant("lm_head", rows.T)
         g.op("MatMul", self._norm(x, "model.norm.weight"), matrix, out="logits")
@@ -214,17 +216,25 @@ class _Decoder:
         """Rotary tables of this run's positions, the causal mask and the mask of the reads."""
         g = self.g
         shape = g.op("Shape", "ids")
-        self.rows = g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(1)), g.ints(1, 1, 1), axis=0)
-        length = g.op("Gather", shape, g.number(1))
-        past = g.op("Gather", g.op("Shape", "past_v.0"), g.number(2))
-        own = g.op("Range", past, g.op("Add", past, length), g.number(1))  # positions: [L]
+        self.rows = g.op(
+            "Concat", g.op("Slice", shape, g.ints(0), g.ints(1)), g.ints(1, 1, 1), axis=0
+        )
+        length = g.op("Gather", shape, g.scalar(1, np.int64))
+        past = g.op("Gather", g.op("Shape", "past_v.0"), g.scalar(2, np.int64))
+        own = g.op(
+            "Range", past, g.op("Add", past, length), g.scalar(1, np.int64)
+        )  # positions: [L]
         place = g.op("Unsqueeze", g.op("Cast", own, to=TensorProto.FLOAT), g.ints(1))
         frequencies = g.constant("rotary", np.array([self.shape.frequencies], np.float32))
         angles = g.op("Mul", place, frequencies)  # [L, d/2]
         self.cos, self.sin = g.op("Cos", angles), g.op("Sin", angles)
-        seen = g.op("Range", g.number(0), g.op("Add", past, length), g.number(1))  # [P + L]
+        seen = g.op(
+            "Range", g.scalar(0, np.int64), g.op("Add", past, length), g.scalar(1, np.int64)
+        )  # [P + L]
         self.mask = self._masked(seen, own, 1)  # [group * L, P + L]
-        self.read_mask = self._masked(seen, g.op("Add", "read", past), 1, 3)  # [B, 1, group * R, ...]
+        self.read_mask = self._masked(
+            seen, g.op("Add", "read", past), 1, 3
+        )  # [B, 1, group * R, ...]
         self.read_index = g.op("Unsqueeze", "read", g.ints(2))
 
     def _masked(self, seen: str, positions: str, *axes: int) -> str:
@@ -232,8 +242,7 @@ class _Decoder:
         g = self.g
         columns = g.op("Unsqueeze", positions, g.ints(*axes))
         allowed = g.op("LessOrEqual", seen, columns)
-        low, zero = (g.constant(f"float_{x}", np.array(x, np.float32)) for x in (-1e9, 0))
-        mask = g.op("Where", allowed, zero, low)
+        mask = g.op("Where", allowed, g.scalar(0), g.scalar(-1e9))
         group = self.shape.heads // self.shape.kv_heads
         return g.op("Concat", *[mask] * group, axis=-2)
 
@@ -250,13 +259,8 @@ class _Decoder:
         packed = low | (high << 4) if bits == 4 else codes  # first half of the row in low nibbles
         rows = g.op("Gather", g.constant(f"{name}.codes", packed), "ids")
         if bits == 4:
-            nibble = g.constant("nibble", np.array(15, np.uint8))
-            shift = g.constant("shift", np.array(4, np.uint8))
-            low_half = g.op("BitwiseAnd", rows, nibble)
-            high_half = g.op("BitShift", rows, shift, direction="RIGHT")
-            rows = g.op("Concat", low_half, high_half, axis=-1)
-        middle = g.constant("middle", np.array(2 ** (bits - 1), np.float32))
-        centred = g.op("Sub", g.op("Cast", rows, to=TensorProto.FLOAT), middle)
+            rows = g.op("Concat", *self._nibbles(rows), axis=-1)
+        centred = g.op("Sub", g.op("Cast", rows, to=TensorProto.FLOAT), g.scalar(2 ** (bits - 1)))
         scales = g.op("Gather", g.constant(f"{name}.scales", blocks.scales), "ids")
         scales = g.op("Cast", scales, to=TensorProto.FLOAT)
         if bits == 8:
@@ -264,6 +268,10 @@ class _Decoder:
         split = g.op("Reshape", centred, g.ints(0, 0, -1, block))
         scaled = g.op("Mul", split, g.op("Unsqueeze", scales, g.ints(3)))
         return g.op("Reshape", scaled, g.ints(0, 0, -1))
+
+    def _nibbles(self, codes: str) -> tuple[str, str]:
+        low = self.g.op("BitwiseAnd", codes, self.g.scalar(15, np.uint8))
+        return low, self.g.op("BitShift", codes, self.g.scalar(4, np.uint8), direction="RIGHT")
 
     def _norm(self, x: str, name: str) -> str:
         scale = self.g.constant(name, self._take(name, self.shape.hidden))
@@ -279,7 +287,9 @@ class _Decoder:
             return g.op("MatMul", x, g.constant(name, weight.T))
         if p.kernel == "rows" and p.bits == 8:
             codes, scale = quantize_channels(weight)
-            return self._by_rows(x, g.constant(f"{name}.codes", codes), g.constant(f"{name}.scales", scale))
+            return self._by_rows(
+                x, g.constant(f"{name}.codes", codes), g.constant(f"{name}.scales", scale)
+            )
         blocks = quantize_blocks(weight, p.bits, p.block)
         # float16 on disk, float32 in use; onnxruntime folds what is constant when it loads.
         scales = g.op("Cast", g.constant(f"{name}.scales", blocks.scales), to=TensorProto.FLOAT)
@@ -302,39 +312,33 @@ class _Decoder:
     def _by_rows(self, x: str, weight: str, scales: str) -> str:
         """x, quantized by one scale per token, times int8 weight [K, N] of scales [N]."""
         g = self.g
-        small = g.constant("small", np.array(1e-9, np.float32))  # a row of zeros stays zeros
-        middle = g.constant("middle_byte", np.array(128, np.uint8))
-        one = g.constant("one", np.array(1, np.float32))
-        step = g.constant("step", np.array(1 / 127, np.float32))
+        middle = g.scalar(128, np.uint8)
         largest = g.op("ReduceMax", g.op("Abs", x), g.ints(-1), keepdims=1)
-        scale = g.op("Max", g.op("Mul", largest, step), small)  # [B, L, 1]
+        # [B, L, 1]; a row of zeros stays zeros
+        scale = g.op("Max", g.op("Mul", largest, g.scalar(1 / 127)), g.scalar(1e-9))
         flat = g.op("Reshape", scale, g.ints(-1))
         rows = g.op("Reshape", x, g.op("Concat", g.op("Shape", flat), g.ints(-1), axis=0))
         zero = g.op("Expand", middle, g.op("Shape", flat))
         codes = g.op("QuantizeLinear", rows, flat, zero, axis=0)
         lead = g.op("Shape", x, start=0, end=2)
         codes = g.op("Reshape", codes, g.op("Concat", lead, g.ints(-1), axis=0))
-        inputs = (codes, weight, one, scales, middle)
+        inputs = (codes, weight, g.scalar(1), scales, middle)
         product = g.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
         return g.op("Mul", product, scale)
 
     def _expanded(self, codes: str, scales: str, shape: tuple[int, ...]) -> tuple[str, str]:
         """int8 weight [K, N] and its scales [N] from 4-bit blocks: constants once loaded."""
         g, block = self.g, self.precision.block
-        low = g.op("BitwiseAnd", codes, g.constant("nibble", np.array(15, np.uint8)))
-        shift = g.constant("shift", np.array(4, np.uint8))
-        high = g.op("BitShift", codes, shift, direction="RIGHT")
-        pairs = [g.op("Unsqueeze", half, g.ints(3)) for half in (low, high)]
+        pairs = [g.op("Unsqueeze", half, g.ints(3)) for half in self._nibbles(codes)]
         whole = g.op("Concat", *pairs, axis=3)  # [N, blocks, block / 2, 2]
         whole = g.op("Reshape", whole, g.ints(0, 0, block))
-        middle = g.constant("middle", np.array(8, np.float32))
-        centred = g.op("Sub", g.op("Cast", whole, to=TensorProto.FLOAT), middle)
+        centred = g.op("Sub", g.op("Cast", whole, to=TensorProto.FLOAT), g.scalar(8))
         floats = g.op("Mul", centred, g.op("Unsqueeze", scales, g.ints(2)))
         floats = g.op("Reshape", floats, g.ints(0, -1))
         floats = g.op("Slice", floats, g.ints(0), g.ints(shape[1]), g.ints(1))
         largest = g.op("ReduceMax", g.op("Abs", floats), g.ints(1), keepdims=1)
-        scale = g.op("Div", largest, g.constant("most", np.array(CHANNEL_MOST, np.float32)))
-        scale = g.op("Max", scale, g.constant("small", np.array(1e-9, np.float32)))
+        scale = g.op("Div", largest, g.scalar(CHANNEL_MOST))
+        scale = g.op("Max", scale, g.scalar(1e-9))
         rounded = g.op("Round", g.op("Div", floats, scale))
         weight = g.op("Transpose", g.op("Cast", rounded, to=TensorProto.INT8), perm=[1, 0])
         return weight, g.op("Reshape", scale, g.ints(-1))

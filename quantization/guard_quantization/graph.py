@@ -22,8 +22,11 @@ class Graph:
         self.initializers: list[onnx.TensorProto] = []
         self.data = data
         self._names = 0
+        self._constants: set[str] = set()
 
-    def op(self, kind: str, *inputs: str, out: str = "", domain: str = "", **attributes: Any) -> str:
+    def op(
+        self, kind: str, *inputs: str, out: str = "", domain: str = "", **attributes: Any
+    ) -> str:
         """Append a node of one output and return the output's name."""
         return self.ops(kind, 1, *inputs, out=out, domain=domain, **attributes)[0]
 
@@ -37,9 +40,10 @@ class Graph:
         return names
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """Add an initializer; large ones go to the data file."""
-        if any(known.name == name for known in self.initializers):
+        """Add an initializer; large ones go to the data file. A name stands for one value."""
+        if name in self._constants:
             return name
+        self._constants.add(name)
         value = np.ascontiguousarray(value)
         tensor = TensorProto(
             name=name,
@@ -50,7 +54,11 @@ class Graph:
             tensor.raw_data = value.tobytes()
         else:
             self.data.write(b"\0" * (-self.data.tell() % _ALIGNMENT))
-            place = (("location", DATA_FILE), ("offset", self.data.tell()), ("length", value.nbytes))
+            place = (
+                ("location", DATA_FILE),
+                ("offset", self.data.tell()),
+                ("length", value.nbytes),
+            )
             self.data.write(value.data)
             tensor.data_location = TensorProto.EXTERNAL
             for key, entry in place:
@@ -62,6 +70,6 @@ class Graph:
         """A constant vector of int64."""
         return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def number(self, value: int) -> str:
-        """A constant int64 scalar."""
-        return self.constant(f"int_{value}", np.array(value, np.int64))
+    def scalar(self, value: float, kind: type[np.generic] = np.float32) -> str:
+        """A constant without dimensions."""
+        return self.constant(f"{kind.__name__}_{value}", np.array(value, kind))

@@ -12,7 +12,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from guard_policies.assessment import Direction
-from guard_quantization.export import MODEL_FILE, ExportError, Precision, Shape, Weights, export_graph
+from guard_quantization.export import (
+    MODEL_FILE,
+    ExportError,
+    Precision,
+    Shape,
+    Weights,
+    export_graph,
+)
 from guard_quantization.graph import DATA_FILE
 from guard_service.artifact import TOKENIZER_FILE, Artifact, write_artifact
 from guard_service.engines.onnx import OnnxEngine

@@ -13,11 +13,11 @@ import pytest
 from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3, Category
 from guard_quantization.export import Precision
+from guard_service.artifact import Artifact, load, write_artifact
 from guard_service.conversation import Conversation, Image
 from guard_service.engines import Assessed, EngineFailed, open_engine
 from guard_service.engines.onnx import OnnxEngine
 from guard_service.engines.snapshots import Snapshot, Snapshots
-from guard_service.artifact import Artifact, load, write_artifact
 from guard_service.manifest import Calibration
 from guard_service.prompt import Prompt
 from tests.service.tiny_artifact import CODES, RELEASE, tiny_artifact, tiny_weights
@@ -48,10 +48,7 @@ def prompts_of(engine: OnnxEngine, *texts: str, count: int = 14) -> list[Prompt]
 
 def scores(found: list[Assessed]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     return np.array(
-        [
-            [a.assessment.unsafe_score, *a.assessment.category_scores.values()]
-            for a in found
-        ]
+        [[a.assessment.unsafe_score, *a.assessment.category_scores.values()] for a in found]
     )
 
 
@@ -165,9 +162,7 @@ def test_a_file_that_is_no_graph_is_refused(artifact: Artifact, tmp_path: Path) 
     noise = tmp_path / "noise"
     noise.write_bytes(b"\xff\x00 not a graph" * 9)
     files = {name: artifact.folder / name for name in artifact.manifest.files}
-    broken = write_artifact(
-        tmp_path / "broken", artifact.manifest, {**files, "model.onnx": noise}
-    )
+    broken = write_artifact(tmp_path / "broken", artifact.manifest, {**files, "model.onnx": noise})
     with pytest.raises(EngineFailed, match="cannot be loaded"):
         OnnxEngine(broken)
 

@@ -47,7 +47,11 @@ def tiny_weights(seed: int = 0) -> dict[str, NDArray[np.float32]]:
         at = f"model.layers.{layer}"
         for name, rows in (("q", wide), ("k", narrow), ("v", narrow), ("o", hidden)):
             shapes[f"{at}.self_attn.{name}_proj"] = (rows, wide if name == "o" else hidden)
-        for name, shape in (("gate", (mlp, hidden)), ("up", (mlp, hidden)), ("down", (hidden, mlp))):
+        for name, shape in (
+            ("gate", (mlp, hidden)),
+            ("up", (mlp, hidden)),
+            ("down", (hidden, mlp)),
+        ):
             shapes[f"{at}.mlp.{name}_proj"] = shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{at}.{name}.weight"] = np.ones(hidden, np.float32)
@@ -66,6 +70,4 @@ def tiny_artifact(
     precision = precision or Precision(bits=8, block=32, embedding_bits=8)
     weights = weights or tiny_weights()
     tokenizer = verdict_tokenizer()
-    return make_artifact(
-        folder, CONFIG, weights, tokenizer, release, precision, head_is_cut=True
-    )
+    return make_artifact(folder, CONFIG, weights, tokenizer, release, precision, head_is_cut=True)

@@ -33,10 +33,7 @@ def bench(
     file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="Conversations to send, JSON lines as of bulk, instead of the built-in sentences.",
+            exists=True, help="Conversations to send, JSON lines as of bulk, not our own sentences."
         ),
     ] = None,
     no_cache: Annotated[

@@ -17,7 +17,7 @@ from guard_policies.schema import Policy
 from guard_service import __version__, logs
 from guard_service.artifact import ArtifactError
 from guard_service.config import FIELDS, TYPES, ConfigError, Loaded, Settings, load
-from guard_service.engines import Engine, ModelCard, open_engine
+from guard_service.engines import Engine, EngineFailed, ModelCard, open_engine
 from guard_service.errors import GuardServiceError
 from guard_service.logs import FIELDS as LOG_FIELDS
 from guard_service.server import GuardServer, loaded_policies
@@ -54,11 +54,11 @@ def _run(settings: Settings) -> int:
         return _fail("a policy is broken", [str(p) for p in error.problems], USAGE)
     try:
         engine = open_engine(settings.model, settings.engine_threads)
-    except (ArtifactError, GuardServiceError, OSError) as error:
+    except (ArtifactError, EngineFailed, OSError) as error:
         return _fail("the model cannot be loaded", [str(error)], FAILED)
     try:
         return asyncio.run(_serve(settings, engine, policies))
-    except (GuardServiceError, OSError) as error:
+    except (GuardServiceError, EngineFailed, OSError) as error:
         return _fail("the service cannot start", [str(error)], FAILED)
     finally:
         engine.close()

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from guard_service.engines import Assessed, Engine
+from guard_service.engines import Assessed, Engine, EngineFailed
 from guard_service.errors import (
-    EngineFailed,
     GuardServiceError,
+    NotAssessed,
     NotReady,
     Overloaded,
     ShuttingDown,
@@ -244,7 +244,8 @@ class Batcher:
             LOG.error("engine run failed: %s", type(error).__name__, exc_info=error)
             if len(prompts) > 1:
                 return [self._outcomes([prompt])[0] for prompt in prompts]
-            return [EngineFailed("the engine failed on this request")]
+            known = isinstance(error, EngineFailed)  # its text is safe to show
+            return [NotAssessed(str(error) if known else "the engine failed on this request")]
 
     async def _watch_worker(self) -> None:
         period_s = min(1.0, self._limits.engine_timeout_s / 4)

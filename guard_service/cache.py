@@ -25,13 +25,21 @@ def key_of(
 ) -> bytes:
     """32 bytes that stand for one question: every token counts, nothing is folded."""
     digest = hashlib.sha256()
-    for word in (model_digest, policy_digest, direction.value, language):
-        encoded = word.encode()
-        digest.update(len(encoded).to_bytes(4, "big") + encoded)
+    _add(digest, model_digest, policy_digest, direction.value, language)
     for prompt in prompts:
+        _add(digest, *prompt.categories)
+        if prompt.image is not None:
+            _add(digest, prompt.image.uri or "", prompt.image.data or b"")
         for tokens in (prompt.prefix, prompt.body, prompt.closing):
             digest.update(len(tokens).to_bytes(4, "big") + array("I", tokens).tobytes())
     return digest.digest()
+
+
+def _add(digest: hashlib._Hash, *words: str | bytes) -> None:
+    digest.update(len(words).to_bytes(4, "big"))
+    for word in words:
+        encoded = word.encode() if isinstance(word, str) else word
+        digest.update(len(encoded).to_bytes(4, "big") + encoded)
 
 
 class LruCache(Generic[Value]):

@@ -12,7 +12,7 @@ GuardServiceError
 ├── DeadlineExceeded        DEADLINE_EXCEEDED
 ├── ShuttingDown            UNAVAILABLE
 ├── NotReady                UNAVAILABLE
-├── EngineFailed            INTERNAL
+├── NotAssessed             INTERNAL, when the engine failed
 └── InternalError           INTERNAL
 """
 
@@ -132,7 +132,7 @@ class NotReady(GuardServiceError):
     reason = "NOT_READY"
 
 
-class EngineFailed(GuardServiceError):
+class NotAssessed(GuardServiceError):
     """The engine failed on this work."""
 
     reason = "ENGINE_FAILED"

@@ -91,7 +91,7 @@ class _Malformed:
     name: str
 
 
-class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Door(grpc.aio.ServerInterceptor):
     """Wraps the calls of GuardService; others (health, reflection) pass untouched."""
 
     def __init__(self, metrics: Metrics, max_calls: int, max_call_bytes: int) -> None:
@@ -130,7 +130,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """The handler, wrapped; or one that refuses without reading the request."""
@@ -173,7 +173,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _stream(self, call: Call, behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
         async def serve(requests: AsyncIterator[Any], context: Context) -> None:
             async def run() -> None:
-                await behaviour(_each_decoded(requests), context)
+                async for reply in behaviour(_each_decoded(requests), context):
+                    await context.write(reply)
 
             await self._serve(call, context, run)
 

@@ -22,9 +22,9 @@ from guard_service.engines import Assessed, Engine, ModelCard
 from guard_service.errors import (
     ConversationTooLong,
     DeadlineExceeded,
-    EngineFailed,
     GuardServiceError,
     InvalidRequest,
+    NotAssessed,
     PolicyNotSupported,
     UnknownPolicy,
 )
@@ -165,7 +165,7 @@ class Moderator:
             ]
         except ValueError as error:  # scores that are no probabilities
             LOG.exception("the engine's scores cannot be used")
-            raise EngineFailed("the engine gave scores that cannot be used") from error
+            raise NotAssessed("the engine gave scores that cannot be used") from error
         return Judgement(
             id=uuid.uuid4().hex,
             decision=max(decisions, key=_gravity),

@@ -60,7 +60,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
 
     async def ClassifyStream(
         self, request_iterator: AsyncIterator[guard_pb2.ClassifyStreamRequest], context: Context
-    ) -> None:
+    ) -> AsyncIterator[guard_pb2.ClassifyStreamResponse]:
         """Judge a reply while it grows."""
         settings = self.settings
         bounds = StreamBounds(self._sizes, settings.max_conversation_chars, settings.stream_idle_s)
@@ -68,12 +68,10 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
             request_iterator, self.moderator, bounds, lambda: self._timeout_s(context)
         ):
             CALL.get().note(covered.judgement)
-            await context.write(
-                guard_pb2.ClassifyStreamResponse(
-                    verdict=verdict_of(covered.judgement),
-                    covered_chars=covered.chars,
-                    final=covered.final,
-                )
+            yield guard_pb2.ClassifyStreamResponse(
+                verdict=verdict_of(covered.judgement),
+                covered_chars=covered.chars,
+                final=covered.final,
             )
 
     async def ListPolicies(
@@ -123,8 +121,8 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
             return guard_pb2.ClassifyResult(error=item_error_of(error))
         except Exception:
             LOG.exception("a batch item failed")
-            error = InternalError("a defect of the service; its logs tell more")
-            return guard_pb2.ClassifyResult(error=item_error_of(error))
+            defect = InternalError("a defect of the service; its logs tell more")
+            return guard_pb2.ClassifyResult(error=item_error_of(defect))
 
     @property
     def _sizes(self) -> Sizes:

@@ -12,7 +12,6 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
-from guard_service.engines.fake import FakeEngine
 from guard_service.server import GuardServer
 
 PATIENCE_S = 20.0
@@ -53,7 +52,7 @@ class Running:
     """A server on a real socket and a client of it."""
 
     server: GuardServer
-    engine: FakeEngine
+    engine: Any
     channel: grpc.aio.Channel
     stub: Any = field(init=False)
 

@@ -12,6 +12,7 @@ import pytest
 
 from guard_policies.loader import builtin_policies, parse_policy
 from guard_service.config import Settings
+from guard_service.engines import Engine
 from guard_service.engines.fake import FakeEngine
 from guard_service.server import GuardServer
 from tests.service.asking import Running
@@ -28,12 +29,14 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
     async with AsyncExitStack() as stack:
 
         async def run(
-            engine: FakeEngine | None = None, policies: tuple[str, ...] = (), **knobs: Any
+            engine: Engine | None = None, policies: tuple[str, ...] = (), **knobs: Any
         ) -> Running:
             engine = engine or FakeEngine()
-            knobs = {"host": f"unix:{tmp_path / 'socket'}", "metrics": False} | knobs
+            private: dict[str, Any] = {"host": f"unix:{tmp_path / 'socket'}", "metrics": False}
             own = {policy.name: policy for policy in map(parse_policy, policies)}
-            server = GuardServer(Settings(**knobs), engine, {**builtin_policies(), **own})
+            server = GuardServer(
+                Settings(**(private | knobs)), engine, {**builtin_policies(), **own}
+            )
             await server.start()
             stack.push_async_callback(server.stop, 0.0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from guard_policies.assessment import Direction
 from guard_service.batcher import Batcher, Limits, Ran, tokens_of
 from guard_service.conversation import Conversation
 from guard_service.engines.fake import FakeEngine
-from guard_service.errors import EngineFailed, NotReady, Overloaded, ShuttingDown
+from guard_service.errors import NotAssessed, NotReady, Overloaded, ShuttingDown
 from guard_service.prompt import Prompt
 from tests.service.asking import until
 
@@ -52,7 +53,7 @@ async def make() -> AsyncIterator[MakeBatcher]:
     """Makes started batchers and closes them."""
     made: list[tuple[Batcher, Gated]] = []
 
-    def start(engine: Gated, limits: Limits = LIMITS, **hooks: Callable[..., None]) -> Batcher:
+    def start(engine: Gated, limits: Limits = LIMITS, **hooks: Any) -> Batcher:
         batcher = Batcher(engine, limits, **hooks)
         batcher.start()
         made.append((batcher, engine))
@@ -182,7 +183,7 @@ async def test_a_prompt_that_fails_the_engine_fails_alone(make: MakeBatcher) -> 
     await first
     a, poison, b = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(a, Ran) and isinstance(b, Ran)
-    assert isinstance(poison, EngineFailed) and "poison" not in str(poison)
+    assert isinstance(poison, NotAssessed) and "poison" not in str(poison)
 
 
 async def test_a_dead_worker_is_told_and_nothing_hangs(make: MakeBatcher) -> None:

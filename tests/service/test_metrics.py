@@ -7,6 +7,7 @@ import json
 import logging
 import urllib.error
 import urllib.request
+from typing import Any
 
 import pytest
 
@@ -71,10 +72,11 @@ async def test_metrics_count_what_happened(seen: Running) -> None:
 
 
 async def test_callers_cannot_make_new_labels(seen: Running) -> None:
-    for index in range(20):
+    for index in range(3):
         await refused(seen.stub.Classify(asked("x", policy=f"{SECRET}-{index}")))
         await seen.stub.Classify(asked(f"{SECRET} {index}", language=f"xx-{index:03}"))
-        await refused(seen.channel.unary_unary(f"/guard_api.v1.GuardService/{SECRET}{index}")(b""))
+        unknown: Any = seen.channel.unary_unary(f"/guard_api.v1.GuardService/{SECRET}{index}")
+        await refused(unknown(b""))
     _, text = await fetched(seen, "/metrics")
     assert SECRET not in text and "xx-001" not in text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections.abc import Sequence
@@ -211,12 +210,20 @@ async def test_scores_that_are_none_are_no_verdict(
 
 
 async def test_batched_answers_equal_single_ones(run_guard: RunGuard) -> None:
-    guard = await run_guard(cache_entries=0)
+    engine = Held()
+    guard = await run_guard(engine, cache_entries=0)
     texts = [f"{'x' * 17 * i} {word}" for i in range(6) for word in ("hello", "fake-hate", "")]
-    together = await asyncio.gather(*(guard.stub.Classify(asked(text)) for text in texts))
+    engine.gate.clear()
+    first = guard.stub.Classify(asked("first"))
+    await until(lambda: engine.saw("first") == 1)
+    calls = [guard.stub.Classify(asked(text)) for text in texts]
+    await until(lambda: guard.server.batcher.queued_items == len(texts))
+    engine.gate.set()
+    await first
+    together = [await call for call in calls]
     alone = [await guard.stub.Classify(asked(text)) for text in texts]
     assert [_meaning(a.verdict) for a in together] == [_meaning(b.verdict) for b in alone]
-    assert any(len(batch) > 1 for batch in guard.engine.batches)
+    assert any(len(batch) > 1 for batch in engine.batches)
 
 
 def _meaning(verdict: verdict_pb2.Verdict) -> tuple[int, float, list[float]]:

@@ -14,8 +14,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
 from guard_policies.loader import builtin_policies
 from guard_service.config import Settings
+from guard_service.engines import EngineFailed
 from guard_service.engines.fake import FakeEngine
-from guard_service.errors import EngineFailed, PolicyNotSupported, UnknownPolicy
+from guard_service.errors import PolicyNotSupported, UnknownPolicy
 from guard_service.server import GuardServer
 from tests.service.asking import BOMB, Running, asked, message, refused
 from tests.service.conftest import RunGuard
@@ -27,7 +28,8 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 async def raw(guard: Running, data: bytes, method: str = CLASSIFY) -> Any:
     """Send bytes as they are."""
-    return await guard.channel.unary_unary(method)(data)
+    call: Any = guard.channel.unary_unary(method)
+    return await call(data)
 
 
 async def test_health_answers_for_the_service_and_overall(guard: Running) -> None:
@@ -70,7 +72,7 @@ async def test_nothing_is_served_until_the_golden_prompts_pass(tmp_path: Path) -
                 try:
                     guard_pb2_grpc.GuardServiceStub(channel).Classify(asked("hi"))
                 except grpc.RpcError as error:
-                    seen.append((error.code(), error.details()))  # type: ignore[attr-defined]
+                    seen.append((error.code(), error.details()))
             raise EngineFailed("golden prompt 1 scores 0.5, not 0.9")
 
     settings = Settings(host=f"unix:{tmp_path / 'socket'}", metrics=False)
@@ -136,7 +138,7 @@ async def test_what_is_not_protobuf_is_an_invalid_argument(guard: Running, data:
 
 
 async def test_a_malformed_step_of_a_stream_is_an_invalid_argument(guard: Running) -> None:
-    method = guard.channel.stream_stream("/guard_api.v1.GuardService/ClassifyStream")
+    method: Any = guard.channel.stream_stream("/guard_api.v1.GuardService/ClassifyStream")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in method(iter([b"\xff\xff"])):
             pass
@@ -150,7 +152,9 @@ def _parts(count: int) -> guard_pb2.Message:
 BAD = {
     "no conversation": guard_pb2.ClassifyRequest(),
     "no role": asked(guard_pb2.Message(parts=[guard_pb2.Part(text="x")])),
-    "an unknown role": asked(guard_pb2.Message(role=99, parts=[guard_pb2.Part(text="x")])),
+    "an unknown role": guard_pb2.ClassifyRequest.FromString(
+        b"\x0a\x09\x0a\x07\x08\x63\x12\x03\x0a\x01x"
+    ),
     "no parts": asked(guard_pb2.Message(role=guard_pb2.ROLE_USER)),
     "an empty part": asked(guard_pb2.Message(role=guard_pb2.ROLE_USER, parts=[guard_pb2.Part()])),
     "an image from nowhere": asked(

@@ -131,10 +131,14 @@ class GuardServer:
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         _check_free(settings)
-        if settings.tls_cert is None:
-            port = server.add_insecure_port(settings.address)
-        else:
-            port = server.add_secure_port(settings.address, _credentials(settings))
+        try:
+            if settings.tls_cert is None:
+                port = server.add_insecure_port(settings.address)
+            else:
+                port = server.add_secure_port(settings.address, _credentials(settings))
+        except RuntimeError:  # gRPC logs the reason and does not tell it
+            what = "the TLS files cannot be used" if settings.tls_cert else "it cannot be bound"
+            raise OSError(f"cannot listen on {settings.address}: {what}") from None
         unix = settings.host.startswith("unix:")
         self.address = settings.host if unix else replace(settings, port=port).address
         return server

@@ -99,6 +99,17 @@ async def test_a_taken_port_is_an_error_that_names_it() -> None:
             await GuardServer(busy, FakeEngine(), builtin_policies()).start()
 
 
+async def test_an_address_or_certificate_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pem"
+    bad.write_text("no certificate", encoding="utf-8")
+    for settings, told in (
+        (Settings(host=f"unix:{tmp_path}/none/socket", metrics=False), "it cannot be bound"),
+        (Settings(port=0, metrics=False, tls_cert=bad, tls_key=bad), "TLS files cannot be used"),
+    ):
+        with pytest.raises(OSError, match=told):
+            await GuardServer(settings, FakeEngine(), builtin_policies()).start()
+
+
 async def test_the_default_policy_must_be_one_that_can_be_served() -> None:
     settings = Settings(default_policy="none-such")
     with pytest.raises(UnknownPolicy):

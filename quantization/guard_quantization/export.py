@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper
 
 from guard_quantization.graph import DATA_FILE, Graph
-from guard_quantization.int4 import CHANNEL_MOST, quantize_blocks, quantize_channels
+from guard_quantization.layers import Precision, embedding, linear
+
+__all__ = ["MODEL_FILE", "ExportError", "Precision", "Shape", "Weights", "export_graph"]
 
 Floats = NDArray[np.float32]
 MODEL_FILE = "model.onnx"
@@ -44,24 +46,6 @@ class Weights(Protocol):
     """Tensors by their Hugging Face names, read one at a time."""
 
     def __getitem__(self, name: str, /) -> Floats: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """How weights are stored and multiplied.
-
-    `bits` is 32 (float), 8 or 4. Kernel "blocks" is MatMulNBits: weights in blocks of input
-    channels, activations in the same blocks. Kernel "rows" quantizes the activations of a token by
-    one scale and multiplies by weights of one scale per output channel: about twice as fast, and
-    coarser. 4-bit weights are expanded for it when the graph is loaded. Its weights take 7 bits, so
-    that AVX2's 16-bit sums of products cannot saturate.
-    """
-
-    bits: int = 4
-    block: int = 32
-    embedding_bits: int = 4
-    accuracy_level: int = 4  # of MatMulNBits: 4 computes with int8 activations, 0 and 1 with float
-    kernel: str = "blocks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +97,8 @@ def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
     are kept, and between them the two are blended (Llama 3.1's published rule).
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain: Floats = (1.0 / np.float32(config.get("rope_theta", 10000.0)) ** exponents).astype("f4")
+    theta = np.float32(config.get("rope_theta", 10000.0))
+    plain: Floats = (1.0 / theta**exponents).astype(np.float32)
     scaling = config.get("rope_scaling")
     if not scaling:
         return plain
@@ -125,7 +110,8 @@ def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return ((1 - blend) * plain / scaling["factor"] + blend * plain).astype(np.float32)
+    scaled: Floats = ((1 - blend) * plain / scaling["factor"] + blend * plain).astype(np.float32)
+    return scaled
 
 
 def export_graph(
@@ -171,7 +157,10 @@ class _Decoder:
         """All nodes, from ids to logits."""
         g, s = self.g, self.shape
         self._geometry()
-        x = self._embed()
+        name = "model.embed_tokens.weight"
+        table = self._take(name, s.vocab, s.hidden)
+        x = embedding(g, "ids", name, table, self.precision)
+        del table  # the largest of all
         outputs = []
         inputs = [
             _value("ids", ["B", "L"], TensorProto.INT64),
@@ -246,102 +235,15 @@ class _Decoder:
         group = self.shape.heads // self.shape.kv_heads
         return g.op("Concat", *[mask] * group, axis=-2)
 
-    def _embed(self) -> str:
-        """Rows of the embedding table, dequantized after they are gathered."""
-        g, name, bits = self.g, "model.embed_tokens.weight", self.precision.embedding_bits
-        table = self._take(name, self.shape.vocab, self.shape.hidden)
-        if bits == 32:
-            return g.op("Gather", g.constant(name, table), "ids")
-        block = self.precision.block if bits == 4 else self.shape.hidden
-        blocks = quantize_blocks(table, bits, block)
-        codes = blocks.codes.reshape(len(table), -1)
-        low, high = np.split(codes, 2, axis=1) if bits == 4 else (codes, codes)
-        packed = low | (high << 4) if bits == 4 else codes  # first half of the row in low nibbles
-        rows = g.op("Gather", g.constant(f"{name}.codes", packed), "ids")
-        if bits == 4:
-            rows = g.op("Concat", *self._nibbles(rows), axis=-1)
-        centred = g.op("Sub", g.op("Cast", rows, to=TensorProto.FLOAT), g.scalar(2 ** (bits - 1)))
-        scales = g.op("Gather", g.constant(f"{name}.scales", blocks.scales), "ids")
-        scales = g.op("Cast", scales, to=TensorProto.FLOAT)
-        if bits == 8:
-            return g.op("Mul", centred, scales)
-        split = g.op("Reshape", centred, g.ints(0, 0, -1, block))
-        scaled = g.op("Mul", split, g.op("Unsqueeze", scales, g.ints(3)))
-        return g.op("Reshape", scaled, g.ints(0, 0, -1))
-
-    def _nibbles(self, codes: str) -> tuple[str, str]:
-        low = self.g.op("BitwiseAnd", codes, self.g.scalar(15, np.uint8))
-        return low, self.g.op("BitShift", codes, self.g.scalar(4, np.uint8), direction="RIGHT")
-
     def _norm(self, x: str, name: str) -> str:
         scale = self.g.constant(name, self._take(name, self.shape.hidden))
         return self.g.op("SimplifiedLayerNormalization", x, scale, epsilon=self.shape.eps, axis=-1)
 
     def _linear(self, x: str, name: str, *parts: str, scale: float = 1.0) -> str:
         """x times the transposes of the named weights, side by side; `scale` is for the first."""
-        g, p = self.g, self.precision
         matrices = [self._take(f"{part}.weight", *self._sizes(part)) for part in parts]
         matrices[0] = matrices[0] * np.float32(scale)
-        weight = np.concatenate(matrices)  # [N, K]
-        if p.bits == 32:
-            return g.op("MatMul", x, g.constant(name, weight.T))
-        if p.kernel == "rows" and p.bits == 8:
-            codes, scale = quantize_channels(weight)
-            return self._by_rows(
-                x, g.constant(f"{name}.codes", codes), g.constant(f"{name}.scales", scale)
-            )
-        blocks = quantize_blocks(weight, p.bits, p.block)
-        # float16 on disk, float32 in use; onnxruntime folds what is constant when it loads.
-        scales = g.op("Cast", g.constant(f"{name}.scales", blocks.scales), to=TensorProto.FLOAT)
-        codes = g.constant(f"{name}.codes", blocks.packed())
-        if p.kernel == "rows":
-            return self._by_rows(x, *self._expanded(codes, scales, weight.shape))
-        return g.op(
-            "MatMulNBits",
-            x,
-            codes,
-            scales,
-            domain="com.microsoft",
-            K=weight.shape[1],
-            N=weight.shape[0],
-            bits=p.bits,
-            block_size=p.block,
-            accuracy_level=p.accuracy_level,
-        )
-
-    def _by_rows(self, x: str, weight: str, scales: str) -> str:
-        """x, quantized by one scale per token, times int8 weight [K, N] of scales [N]."""
-        g = self.g
-        middle = g.scalar(128, np.uint8)
-        largest = g.op("ReduceMax", g.op("Abs", x), g.ints(-1), keepdims=1)
-        # [B, L, 1]; a row of zeros stays zeros
-        scale = g.op("Max", g.op("Mul", largest, g.scalar(1 / 127)), g.scalar(1e-9))
-        flat = g.op("Reshape", scale, g.ints(-1))
-        rows = g.op("Reshape", x, g.op("Concat", g.op("Shape", flat), g.ints(-1), axis=0))
-        zero = g.op("Expand", middle, g.op("Shape", flat))
-        codes = g.op("QuantizeLinear", rows, flat, zero, axis=0)
-        lead = g.op("Shape", x, start=0, end=2)
-        codes = g.op("Reshape", codes, g.op("Concat", lead, g.ints(-1), axis=0))
-        inputs = (codes, weight, g.scalar(1), scales, middle)
-        product = g.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
-        return g.op("Mul", product, scale)
-
-    def _expanded(self, codes: str, scales: str, shape: tuple[int, ...]) -> tuple[str, str]:
-        """int8 weight [K, N] and its scales [N] from 4-bit blocks: constants once loaded."""
-        g, block = self.g, self.precision.block
-        pairs = [g.op("Unsqueeze", half, g.ints(3)) for half in self._nibbles(codes)]
-        whole = g.op("Concat", *pairs, axis=3)  # [N, blocks, block / 2, 2]
-        whole = g.op("Reshape", whole, g.ints(0, 0, block))
-        centred = g.op("Sub", g.op("Cast", whole, to=TensorProto.FLOAT), g.scalar(8))
-        floats = g.op("Mul", centred, g.op("Unsqueeze", scales, g.ints(2)))
-        floats = g.op("Reshape", floats, g.ints(0, -1))
-        floats = g.op("Slice", floats, g.ints(0), g.ints(shape[1]), g.ints(1))
-        largest = g.op("ReduceMax", g.op("Abs", floats), g.ints(1), keepdims=1)
-        scale = g.op("Div", largest, g.scalar(CHANNEL_MOST))
-        scale = g.op("Max", scale, g.scalar(1e-9))
-        rounded = g.op("Round", g.op("Div", floats, scale))
-        weight = g.op("Transpose", g.op("Cast", rounded, to=TensorProto.INT8), perm=[1, 0])
-        return weight, g.op("Reshape", scale, g.ints(-1))
+        return linear(self.g, x, name, np.concatenate(matrices), self.precision)
 
     def _sizes(self, part: str) -> tuple[int, int]:
         s = self.shape

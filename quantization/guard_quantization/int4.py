@@ -40,7 +40,7 @@ class Blocks:
         """[rows, blocks, block * bits / 8]: two 4-bit codes per byte, the first in the low half."""
         if self.bits == 8:
             return self.codes
-        packed: Bytes = self.codes[..., 0::2] | (self.codes[..., 1::2] << 4)
+        packed: Bytes = self.codes[..., 0::2] | (self.codes[..., 1::2] * np.uint8(16))
         return packed
 
 
@@ -62,7 +62,10 @@ def quantize_blocks(
     rows, columns = weight.shape
     count = -(-columns // block)
     padding = ((0, 0), (0, count * block - columns))
-    values = np.pad(weight.astype(np.float32, copy=False), padding).reshape(rows, count, block)
+    values = weight.astype(np.float32, copy=False)
+    if columns % block:
+        values = np.pad(values, padding)
+    values = values.reshape(rows, count, block)
     shares = np.ones(columns, np.float32) if importance is None else importance
     shares = np.pad(shares.astype(np.float32), padding[1]).reshape(1, count, block)
     codes, scales = np.empty(values.shape, np.uint8), np.empty((rows, count), np.float16)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from guard_quantization.export import ExportError, Precision, export_graph
+from guard_quantization.export import ExportError, Precision, Weights, export_graph
 from guard_quantization.llama import GuardLlama, LlamaShape
 
 Arrays = dict[str, NDArray[Any]]
@@ -48,7 +48,7 @@ class Runner:
         self,
         folder: Path,
         config: Mapping[str, Any],
-        weights: Arrays,
+        weights: Weights,
         precision: Precision,
         head: tuple[int, ...] | None = None,
     ) -> None:

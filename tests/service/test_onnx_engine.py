@@ -153,7 +153,7 @@ def test_a_graph_that_does_not_fit_its_manifest_is_refused(artifact: Artifact) -
     geometry = replace(artifact.manifest.geometry, layers=3)
     verdict = replace(artifact.manifest.verdict, head=artifact.manifest.verdict.head + (9,))
     for change, said in ((dict(geometry=geometry), "inputs"), (dict(verdict=verdict), "logits")):
-        changed = replace(artifact, manifest=replace(artifact.manifest, **change))  # type: ignore[arg-type]
+        changed = replace(artifact, manifest=replace(artifact.manifest, **change))
         with pytest.raises(EngineFailed, match=said):
             OnnxEngine(changed)
 

@@ -16,6 +16,7 @@ from guard_policies.taxonomy import BY_CODE, Category
 from guard_service.artifact import Artifact, load
 from guard_service.conversation import Conversation
 from guard_service.engines import Assessed, EngineFailed, ModelCard
+from guard_service.engines.graph_files import UnreadableGraph, graph_files
 from guard_service.engines.snapshots import Past, Snapshot, Snapshots
 from guard_service.manifest import Golden, Manifest
 from guard_service.prompt import Prompt, PromptBuilder
@@ -48,7 +49,7 @@ class OnnxEngine:
         self.card = _card(artifact)
         self._manifest = manifest
         self._builder = _builder(artifact)
-        self._session = _session(artifact.model, threads)
+        self._session = _session(artifact, threads)
         _check_graph(self._session, manifest)
         self._column = {token: at for at, token in enumerate(manifest.verdict.head)}
         self._speculated = (
@@ -230,7 +231,14 @@ def _builder(artifact: Artifact) -> PromptBuilder:
     return PromptBuilder(tokenizer, manifest.template, manifest.window_tokens)
 
 
-def _session(model: Path, threads: int) -> Any:
+def _session(artifact: Artifact, threads: int) -> Any:
+    model = artifact.model
+    try:
+        strange = graph_files(model.read_bytes()) - artifact.manifest.files.keys()
+    except (UnreadableGraph, OSError) as error:
+        raise EngineFailed(f"{model.name} cannot be loaded: {error}") from error
+    if strange:
+        raise EngineFailed(f"{model.name} takes weights from a file that the manifest lacks")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads

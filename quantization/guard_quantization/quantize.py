@@ -57,7 +57,7 @@ class Release:
         default_factory=lambda: {way: Calibration() for way in Direction}
     )
     golden: tuple[Turns, ...] = GOLDEN
-    tolerance: float = 0.02
+    tolerance: float = 0.05
     documents: Mapping[str, Path] = field(default_factory=dict)  # MODEL_CARD.md and the like
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3, Category
@@ -16,6 +20,7 @@ from guard_quantization.export import Precision
 from guard_service.artifact import Artifact, load, write_artifact
 from guard_service.conversation import Conversation, Image
 from guard_service.engines import Assessed, EngineFailed, open_engine
+from guard_service.engines.graph_files import UnreadableGraph, graph_files
 from guard_service.engines.onnx import OnnxEngine
 from guard_service.engines.snapshots import Snapshot, Snapshots
 from guard_service.manifest import Calibration
@@ -167,16 +172,44 @@ def test_a_file_that_is_no_graph_is_refused(artifact: Artifact, tmp_path: Path) 
         OnnxEngine(broken)
 
 
-def test_weights_outside_the_folder_are_refused(artifact: Artifact, tmp_path: Path) -> None:
-    data = artifact.folder / "model.onnx.data"
+@pytest.mark.parametrize("location", [b"../el.onnx.data", b"/tmp/onnx.datas"])
+def test_weights_outside_the_folder_are_refused(
+    artifact: Artifact, tmp_path: Path, location: bytes
+) -> None:
+    (tmp_path / "el.onnx.data").write_bytes((artifact.folder / "model.onnx.data").read_bytes())
     graph = tmp_path / "graph"
-    # Same length, so that the serialized graph stays well-formed.
-    graph.write_bytes(artifact.model.read_bytes().replace(b"model.onnx.data", b"../el.onnx.data"))
-    (tmp_path / "el.onnx.data").write_bytes(data.read_bytes())
+    content = artifact.model.read_bytes()  # a location of the same length keeps it well-formed
+    graph.write_bytes(content.replace(b"model.onnx.data", location, 1))
     files = {name: artifact.folder / name for name in artifact.manifest.files}
     led = write_artifact(tmp_path / "led", artifact.manifest, {**files, "model.onnx": graph})
-    with pytest.raises(EngineFailed, match="cannot be loaded"):
+    with pytest.raises(EngineFailed, match="file that the manifest lacks"):
         OnnxEngine(led)
+
+
+def test_graphs_that_could_hide_weights_are_refused() -> None:
+    def nested(subgraph: bool) -> bytes:
+        tensor = TensorProto(name="w", data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="deep.data")
+        inner = helper.make_graph([], "inner", [], [], [tensor])
+        value = {"body": inner} if subgraph else {"value": tensor}
+        node = helper.make_node("Loop" if subgraph else "Constant", [], ["y"], **value)
+        content: bytes = helper.make_model(
+            helper.make_graph([node], "outer", [], [])
+        ).SerializeToString()
+        return content
+
+    assert graph_files(nested(subgraph=False)) == {"deep.data"}
+    with pytest.raises(UnreadableGraph, match="subgraphs"):
+        graph_files(nested(subgraph=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 15_000))
+def test_any_bytes_are_read_or_refused(artifact: Artifact, noise: bytes, at: int) -> None:
+    content = artifact.model.read_bytes()
+    for broken in (noise, content[:at] + noise + content[at + len(noise) :], content[:at]):
+        with contextlib.suppress(UnreadableGraph):
+            assert all(isinstance(name, str) for name in graph_files(broken))
 
 
 def test_snapshots_are_bounded_by_bytes_and_the_longest_unused_go() -> None:

@@ -20,7 +20,9 @@ Data = Annotated[Path, typer.Option(help="Folder of labelled .jsonl.gz files.", 
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe, for example recipes/starter.yaml.")],
     data: Data,
-    out: Annotated[Path | None, typer.Option(help="Artifact folder to make; none: train only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Artifact folder to make; none: train only.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where stages keep their results.")] = Path("runs"),
     encoder: Annotated[
         Path | None, typer.Option(help="Folder of a BERT sentence encoder; none: the packaged one.")
@@ -63,7 +65,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help='"starter" or an artifact folder.')],
     data: Data,
     split: Annotated[str, typer.Option(help="Which rows: dev, train or test.")] = "dev",
-    threshold: Annotated[float, typer.Option(help="P(unsafe) at which a row counts as unsafe.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="P(unsafe) at which a row counts as unsafe.")
+    ] = 0.5,
     probe: Annotated[bool, typer.Option(help="Judge the packaged probe sets as well.")] = True,
 ) -> None:
     """Judge labelled rows and print the figures as JSON."""

@@ -36,15 +36,15 @@ requests come from templates alone. No native speaker has read the non-English d
 
 _METHOD = """\
 1. A sentence encoder (all-MiniLM-L6-v2, Apache-2.0) is fine-tuned on English rows: the teacher.
-2. The encoder as published is written anew as a Llama decoder (`transplant.py`: norms, biases and
-   activations folded, a third of the MLP pruned, position and half of the attention lost) and is where
-   the student starts, with a vocabulary of its own.
+2. The student is a Llama decoder with a vocabulary of its own. Its token embeddings begin as what the
+   encoder as published makes of each token alone; all other weights begin as noise, but for a last
+   layer that begins as mean pooling.
 3. The student is trained on all rows with the template that serves; labels, the teacher's beliefs and
    the teacher's sentence vectors are its targets. For the last part it sees its weights in 4 bits.
-4. Weights are stored in 4 bits; P(unsafe) is calibrated on dev rows per direction (Platt, 1999).
+4. Layers are stored in 4 bits, embeddings in 8; P(unsafe) is calibrated on dev rows per direction
+   (Platt, 1999).
 
-The encoder is needed for training only. Neither its files nor its weights as they are ship, but the
-student's weights descend from them.
+The encoder is needed for training only; none of its files ship.
 """
 
 
@@ -56,7 +56,9 @@ def model_card(
 ) -> str:
     """MODEL_CARD.md of an evaluated starter guard."""
     geometry = manifest.geometry
-    fitted = ", ".join(f"{way.value}: {c.scale:.3f} x + {c.bias:.3f}" for way, c in calibration.items())
+    fitted = ", ".join(
+        f"{way.value}: {c.scale:.3f} x + {c.bias:.3f}" for way, c in calibration.items()
+    )
     return "\n".join(
         [
             f"# Model card: {manifest.name} guard",

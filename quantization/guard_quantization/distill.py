@@ -156,13 +156,13 @@ def feature_loss(projected: Tensor, batch: Sequence[Lesson], pooled: Tensor) -> 
 
 @contextmanager
 def quantized_weights(model: GuardLlama) -> Iterator[None]:
-    """Weights as 4-bit storage will round them, inside the context (straight-through estimator).
+    """Layers' weights as 4-bit storage will round them, inside the context (straight-through).
 
     Bengio et al., 2013: the gradient at the rounded weights is applied to the unrounded ones.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and not name.startswith("lm_head"):
+        if parameter.dim() == 2 and "layers" in name:
             kept.append((parameter, parameter.data))
             parameter.data = _rounded(parameter.data)
     try:
@@ -180,20 +180,6 @@ def _rounded(weight: Tensor) -> Tensor:
     return ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
 
 
-def parameter_groups(student: Student, relative_lr: float) -> list[dict[str, object]]:
-    """A learning rate per tensor, in proportion to its size (as Adafactor does; Shazeer, Stern 2018).
-
-    A transplanted residual stream grows from layer to layer, and with it the weights that write.
-    """
-    named = dict(student.named_parameters())
-    groups: list[dict[str, object]] = []
-    for name, parameter in named.items():
-        like = named[name.replace("up_proj", "gate_proj")] if "up_proj" in name else parameter
-        size = float(like.detach().square().mean().sqrt())
-        groups.append({"params": [parameter], "lr": relative_lr * max(size, 0.02)})
-    return groups
-
-
 def distill(
     student: Student,
     classroom: Classroom,
@@ -201,11 +187,16 @@ def distill(
     views: tuple[Tensor, Tensor],
     checkpoint: Path,
     *,
-    relative_lr: float = 2.5e-3,
+    lr: float,
+    embedding_lr: float,
     tokens: int = 2560,
     quantized_from: float = 0.75,
 ) -> None:
-    """Train on epochs of weighted rows; resumable. The last part sees weights as 4 bits keep them."""
+    """Train on epochs of weighted rows; resumable. The last part sees weights as 4 bits keep them.
+
+    The embeddings have a rate of their own: they come with meaning, and the words of rare rows should
+    not be left behind by those of frequent ones.
+    """
     logits, pooled = views
     work = list(_work(classroom, epochs, tokens))
     prefixes = {direction: classroom.prefix(direction) for direction in Direction}
@@ -224,9 +215,10 @@ def distill(
         with quantized_weights(student.llama):
             yield
 
-    optimizer = torch.optim.AdamW(
-        parameter_groups(student, relative_lr), betas=(0.9, 0.98), weight_decay=0.0
-    )
+    table = student.llama.model["embed_tokens"].weight
+    others = [parameter for parameter in student.parameters() if parameter is not table]
+    groups = [{"params": others, "lr": lr}, {"params": [table], "lr": embedding_lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     fit(
         student, optimizer, work, loss_of, what="student", checkpoint=checkpoint, around=around,
         warmup=150, every=200,

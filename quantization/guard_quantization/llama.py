@@ -67,6 +67,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def _gather(x: Tensor, read: Tensor) -> Tensor:
+    """Positions read [B, R] of x [B, length, width]."""
+    return x.gather(1, read[..., None].expand(-1, -1, x.shape[-1]))
+
+
 class Attention(nn.Module):
     """Grouped-query attention; keys and values of a shared prefix stand before the row's own."""
 
@@ -80,12 +85,22 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.num_attention_heads * head, width, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         batch, length, _ = x.shape
         head = self.shape.head_dim
-        q = rotate(self.q_proj(x).view(batch, length, -1, head).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(batch, length, -1, head).transpose(1, 2), cos, sin)
+        asking = x if read is None else _gather(x, read)
+        q = self.q_proj(asking).view(batch, asking.shape[1], -1, head).transpose(1, 2)
+        if read is not None:  # [B, 1, R, ...]
+            cos, sin, mask = cos[read][:, None], sin[read][:, None], mask[read][:, None]
+        q = rotate(q, cos, sin)
         v = self.v_proj(x).view(batch, length, -1, head).transpose(1, 2)
         own = (k, v)
         if past is not None:
@@ -94,7 +109,7 @@ class Attention(nn.Module):
         groups = self.shape.num_attention_heads // self.shape.num_key_value_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), own
+        return self.o_proj(out.transpose(1, 2).reshape(batch, asking.shape[1], -1)), own
 
 
 class MLP(nn.Module):
@@ -123,10 +138,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, own = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
-        x = x + self.dropout(attended)
+        """With `read` [B, R], only those positions ask and go on: [B, R, width]."""
+        attended, own = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, read)
+        x = (x if read is None else _gather(x, read)) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x))), own
 
 
@@ -162,8 +184,26 @@ class GuardLlama(nn.Module):
                 scale = deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                 nn.init.normal_(parameter, std=scale)
 
+    def pool_last(self) -> None:
+        """Begin with a last layer whose attention adds twice the mean of all positions.
+
+        A verdict is read at one position; to start from a bag of words costs nothing and saves the
+        steps in which attention would learn to gather them. Needs as many value channels as the
+        stream is wide; raises ValueError otherwise.
+        """
+        last = self.model["layers"][-1].self_attn  # type: ignore[index]
+        if last.v_proj.weight.shape[0] != self.shape.hidden_size:
+            raise ValueError("pooling needs num_key_value_heads * head_dim == hidden_size")
+        nn.init.eye_(last.v_proj.weight)
+        nn.init.eye_(last.o_proj.weight)
+        last.o_proj.weight.data *= 2
+
     def _run(
-        self, ids: Tensor, start: int, past: list[tuple[Tensor, Tensor]] | None
+        self,
+        ids: Tensor,
+        start: int,
+        past: list[tuple[Tensor, Tensor]] | None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         length = ids.shape[1]
         cos, sin = self.cos[start : start + length], self.sin[start : start + length]
@@ -173,16 +213,16 @@ class GuardLlama(nn.Module):
             x = x.to(torch.get_autocast_dtype("cpu"))
         kept = []
         for i, block in enumerate(self.model["layers"]):  # type: ignore[arg-type]
-            x, own = block(x, cos, sin, mask, past[i] if past is not None else None)
+            last = i == self.shape.num_hidden_layers - 1
+            x, own = block(x, cos, sin, mask, past[i] if past else None, read if last else None)
             kept.append(own)
         return x, kept
 
     def states(self, prefix: Tensor, rows: Tensor, read: Tensor) -> Tensor:
         """Normalised hidden states [B, R, width] in front of the output layer; see `forward`."""
         _, past = self._run(prefix[None], 0, None)
-        hidden, _ = self._run(rows, prefix.shape[0], past)
-        index = read[..., None].expand(-1, -1, hidden.shape[-1])
-        picked: Tensor = self.model["norm"](hidden.gather(1, index))
+        hidden, _ = self._run(rows, prefix.shape[0], past, read)
+        picked: Tensor = self.model["norm"](hidden)
         return picked
 
     def forward(self, prefix: Tensor, rows: Tensor, read: Tensor) -> Tensor:

@@ -23,13 +23,9 @@ from guard_quantization.llama import GuardLlama
 from guard_quantization.quantize import verdict_tokens
 from guard_quantization.recipe import Epoch, Recipe, shares
 from guard_quantization.teacher import CODES, Judge, train_teacher
-from guard_quantization.transplant import token_streams, transplant
-from guard_quantization.vocabulary import train_tokenizer, word_vectors
+from guard_quantization.vocabulary import token_vectors, train_tokenizer
 from guard_service.prompt import PromptBuilder
 from guard_service.tokenizer import load_tokenizer
-
-_SAMPLE_ROWS = 800  # texts from which the transplant takes its statistics
-_SAMPLE_TOKENS = 48
 
 
 class StaleStage(ValueError):
@@ -55,7 +51,9 @@ class Pipeline:
         held = set(self.recipe.held_out)
         return [row for row in self.rows if row.split == "train" and row.source not in held]
 
-    def epochs(self, mixes: Sequence[Epoch], languages: Sequence[str]) -> list[list[tuple[Row, float]]]:
+    def epochs(
+        self, mixes: Sequence[Epoch], languages: Sequence[str]
+    ) -> list[list[tuple[Row, float]]]:
         """The rows of each epoch, drawn as the recipe says."""
         rows = [row for row in self.train_rows if not languages or row.language in languages]
         seed = self.recipe.seed
@@ -128,7 +126,8 @@ class Pipeline:
                 epochs,
                 (logits, pooled),
                 checkpoint,
-                relative_lr=plan.relative_lr,
+                lr=plan.lr,
+                embedding_lr=plan.embedding_lr,
                 tokens=plan.tokens,
                 quantized_from=plan.quantized_from,
             )
@@ -139,33 +138,16 @@ class Pipeline:
         return student, Classroom(builder, spoken, {})
 
     def new_student(self, tokenizer: Tokenizer) -> Student:
-        """A student at its beginning: the encoder written anew as a Llama."""
+        """A student at its beginning: embeddings from the encoder, a last layer that pools."""
         shape = self.recipe.student.llama(tokenizer.get_vocab_size())
         encoder_tokenizer = AutoTokenizer.from_pretrained(self.encoder, local_files_only=True)
-        encoder = BertModel.from_pretrained(
-            self.encoder, local_files_only=True, attn_implementation="eager"
-        ).eval()
-        texts = [row.turns[-1][1] for row in self._sample()]
-        sample = encoder_tokenizer(
-            texts, padding=True, truncation=True, max_length=_SAMPLE_TOKENS, return_tensors="pt"
-        )
-        state = transplant(encoder, sample.input_ids, sample.attention_mask, shape)
-        state.pop("readout")
-        words = encoder.embeddings.word_embeddings.weight.detach()
-        vectors = word_vectors(tokenizer, encoder_tokenizer, words)
-        state["model.embed_tokens.weight"] = token_streams(encoder, vectors).detach()
+        encoder = BertModel.from_pretrained(self.encoder, local_files_only=True).eval()
         torch.manual_seed(self.recipe.seed)
-        student = Student(GuardLlama(shape, HEAD_ROWS, dropout=0.05), encoder.config.hidden_size)
-        student.llama.load_state_dict(state, strict=False)
-        return student
-
-    def _sample(self) -> list[Row]:
-        rows = [
-            row
-            for row in self.train_rows
-            if row.language == "en" and row.file in ("prompts_harm", "prompts_safe")
-        ]
-        return rows[:: max(1, len(rows) // _SAMPLE_ROWS)]
+        llama = GuardLlama(shape, HEAD_ROWS, self.recipe.student.dropout)
+        vectors = token_vectors(tokenizer, encoder, encoder_tokenizer)
+        llama.model["embed_tokens"].weight.data.copy_(vectors)
+        llama.pool_last()
+        return Student(llama, encoder.config.hidden_size)
 
     def _texts(self) -> Iterator[str]:
         for row in self.train_rows:

@@ -53,7 +53,9 @@ class StudentPlan:
     template: str
     window_tokens: int
     shape: Mapping[str, float]  # LlamaShape without vocab_size
-    relative_lr: float
+    dropout: float
+    lr: float
+    embedding_lr: float
     tokens: int
     quantized_from: float
     languages: tuple[str, ...]
@@ -106,7 +108,9 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} must be a mapping")
     known = {field.name for field in fields(kind)}
     if unknown := sorted(set(value) - known):
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
     hints = get_type_hints(kind)
     made = {name: _made(hints[name], value[name], f"{where}.{name}") for name in value}
     return kind(**made)

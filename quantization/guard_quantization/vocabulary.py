@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import BertModel
 
 from guard_policies.assessment import Direction
 from guard_service.templates import BY_NAME, Control
@@ -59,29 +61,36 @@ def _with_template(texts: Iterable[str], template: str) -> Iterator[str]:
         yield from parts
 
 
-def word_vectors(tokenizer: Tokenizer, encoder_tokenizer: Any, words: Tensor) -> Tensor:
-    """For each token of the student, a word vector [N, width] of the encoder's table `words`.
+@torch.inference_mode()
+def token_vectors(tokenizer: Tokenizer, encoder: BertModel, encoder_tokenizer: Any) -> Tensor:
+    """For each token of the student, what the encoder makes of it alone: [N, width], rms about 1.
 
-    A token that begins with a space is the start of a word; one without may also go on with one, so
-    the encoder's continuation piece has a say. Case is dropped, as the encoder drops it.
+    The mean of the encoder's output for the token's text, as static embeddings are distilled from
+    sentence encoders (Model2Vec, Tulkens and van Dongen, 2024), centred and scaled. Case is dropped,
+    as the encoder drops it. Tokens without a text the encoder knows get small noise.
     """
-    vocabulary = encoder_tokenizer.get_vocab()
-    mean = words.mean(0)
-    vectors = torch.empty(tokenizer.get_vocab_size(), words.shape[1])
-    for token in range(len(vectors)):
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        pieces = [] if "\ufffd" in text else _pieces(text, encoder_tokenizer)
-        found = words[pieces].mean(0) if pieces else mean
-        onward = vocabulary.get(f"##{text.lower()}")
-        if onward is not None and text[:1].isalpha():
-            found = words[onward] if not pieces or len(pieces) > 1 else (found + words[onward]) / 2
-        vectors[token] = found
-    vectors[tokenizer.token_to_id("<|begin_of_text|>")] = words[encoder_tokenizer.cls_token_id]
-    for name in _SPECIAL[1:]:
-        vectors[tokenizer.token_to_id(name)] = words[encoder_tokenizer.sep_token_id]
-    return vectors
+    texts = [tokenizer.decode([at], skip_special_tokens=False) for at in range(_size(tokenizer))]
+    unknown = encoder_tokenizer.unk_token_id
+    known = [
+        at
+        for at, text in enumerate(texts)
+        if "\ufffd" not in text
+        and set(encoder_tokenizer(text, add_special_tokens=False).input_ids) - {unknown}
+    ]
+    found = []
+    for begin in range(0, len(known), 256):
+        part = [texts[at].strip() for at in known[begin : begin + 256]]
+        batch = encoder_tokenizer(part, padding=True, return_tensors="pt")
+        mask = batch.attention_mask.unsqueeze(-1).float()
+        hidden = encoder(**batch).last_hidden_state
+        found.append((hidden * mask).sum(1) / mask.sum(1))
+    vectors = F.normalize(torch.cat(found), dim=-1)
+    vectors = vectors - vectors.mean(0)
+    noise = torch.Generator().manual_seed(0)
+    table = torch.randn(len(texts), vectors.shape[1], generator=noise) * 0.3
+    table[known] = vectors / vectors.square().mean().sqrt()
+    return table
 
 
-def _pieces(text: str, encoder_tokenizer: Any) -> list[int]:
-    ids: list[int] = encoder_tokenizer(text, add_special_tokens=False).input_ids
-    return [token for token in ids if token != encoder_tokenizer.unk_token_id]
+def _size(tokenizer: Tokenizer) -> int:
+    return int(tokenizer.get_vocab_size())

@@ -15,7 +15,9 @@ def test_batches_hold_every_item_once_within_the_budget() -> None:
     lengths = [(n * 7) % 40 + 1 for n in range(200)]
     made = batches(range(200), lengths, 120, seed=1)
     assert sorted(item for batch in made for item in batch) == list(range(200))
-    assert all(max(lengths[i] for i in batch) * len(batch) <= 120 + 4 * len(batch) for batch in made)
+    assert all(
+        max(lengths[i] for i in batch) * len(batch) <= 120 + 4 * len(batch) for batch in made
+    )
 
 
 def test_an_item_longer_than_the_budget_is_a_batch_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""The model card of the starter guard, written from its evaluation so that no figure is typed in."""
+"""The starter guard's model card, written from its evaluation: no figure is typed in."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ A guard to start with: it lets people run, integrate and test the whole service 
 gated weights. It judges text prompts and replies against S1 to S14, in English first.
 
 **It is not Llama Guard 3** and not made by Meta. It has a hundredth of the parameters and knows far
-less. Do not use it as the only protection of real users, to judge people, to moderate at scale without
-review, to detect child abuse material, or for languages and kinds of text that the tables below do
+less. Do not use it as the only protection of real users, to judge people, to moderate at scale
+without review, to detect child abuse material, or for languages and kinds of text that the tables below do
 not cover. It cannot judge images: the service answers "could not judge", never "safe".
 """
 
@@ -25,22 +25,22 @@ _DATA = """\
 Labelled conversations from public sets under permissive and share-alike licences (red-teaming
 questions, hazard prompts, false-refusal sets, social posts labelled for hate, assistant replies,
 ordinary requests), template-written supplements, and the contrast families of this project
-(`quantization/guard_quantization/contrast`). Hate is capped, noisy and composed files weigh less; the
-recipe has every number. Social posts carry their annotators' views of what is hateful, and part of
+(`quantization/guard_quantization/contrast`). Hate is capped, noisy and composed files weigh less;
+the recipe has every number. Social posts carry their annotators' views of what is hateful, and part of
 the hazard labels say what a prompt was written for, not what it does.
 
-Known weaknesses: sarcasm, coded speech, long texts in which one sentence matters, jailbreak wrappers
-unlike the ones seen, replies that go wrong late, and most languages but English, where harmful
+Known weaknesses: sarcasm, coded speech, long texts in which one sentence matters, jailbreak
+wrappers unlike the ones seen, replies that go wrong late, and most languages but English, where harmful
 requests come from templates alone. No native speaker has read the non-English data.
 """
 
 _METHOD = """\
 1. A sentence encoder (all-MiniLM-L6-v2, Apache-2.0) is fine-tuned on English rows: the teacher.
-2. The student is a Llama decoder with a vocabulary of its own. Its token embeddings begin as what the
-   encoder as published makes of each token alone; all other weights begin as noise, but for a last
+2. The student is a Llama decoder with a vocabulary of its own. Its token embeddings begin as what
+   the encoder as published makes of each token alone; all other weights begin as noise, but for a last
    layer that begins as mean pooling.
-3. The student is trained on all rows with the template that serves; labels, the teacher's beliefs and
-   the teacher's sentence vectors are its targets. For the last part it sees its weights in 4 bits.
+3. The student is trained on all rows with the template that serves; labels, the teacher's beliefs
+   and the teacher's sentence vectors are its targets. For the last part it sees its weights in 4 bits.
 4. Layers are stored in 4 bits, embeddings in 8; P(unsafe) is calibrated on dev rows per direction
    (Platt, 1999).
 
@@ -64,8 +64,8 @@ def model_card(
             f"# Model card: {manifest.name} guard",
             "",
             f"A Llama decoder of {manifest.parameters / 1e6:.1f} M parameters ({geometry.layers} "
-            f"layers, {geometry.hidden} wide, {geometry.vocab} tokens), {manifest.quantization.scheme} "
-            f"weights, template `{manifest.template}`.",
+            f"layers, {geometry.hidden} wide, {geometry.vocab} tokens), "
+            f"{manifest.quantization.scheme} weights, template `{manifest.template}`.",
             "",
             "## What it is for, and what not",
             "",
@@ -80,16 +80,16 @@ def model_card(
             _DATA,
             "## How well it judges",
             "",
-            "Every figure is of the shipped, quantized artifact through the engine that serves it, at "
-            "the default threshold 0.5. Dev rows share sources, and the written sets share "
+            "Every figure is of the shipped, quantized artifact through the engine that serves it, "
+            "at the default threshold 0.5. Dev rows share sources, and the written sets share "
             "frames, with what was trained on: they flatter. The probe sets were written apart "
             "from the training data and never trained on.",
             "",
             *_figures(found),
             "## Calibration",
             "",
-            f"P(unsafe) = sigmoid(scale x + bias) of the logit x; {fitted}. Expected calibration error "
-            f"on dev: {found['ece']:.3f} (15 bins).",
+            f"P(unsafe) = sigmoid(scale x + bias) of the logit x; {fitted}. Expected calibration "
+            f"error on dev: {found['ece']:.3f} (15 bins).",
             "",
         ]
     )

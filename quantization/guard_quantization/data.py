@@ -1,4 +1,4 @@
-"""Labelled conversations: the shared data files, contrast families, probe sets, and how they are mixed."""
+"""Labelled conversations: shared data files, contrast families, probe sets; how they are mixed."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Row:
 def read_rows(path: Path) -> list[Row]:
     """Rows of a .jsonl or .jsonl.gz file. Raises DataError for a line outside the schema."""
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
     rows = []
-    with opened as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(_row(json.loads(line), name))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: not a labelled row: {error!r}") from error
+    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
+        try:
+            rows.append(_row(json.loads(line), name))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a labelled row: {error!r}") from error
     return rows
 
 
@@ -107,8 +107,9 @@ def _family_rows(family: dict[str, Any], file: str, dev_share: int, most: int) -
     users = family.get("user") or [""]
     replies = family.get("assistant")
     users = list(_expand(family.get("templates") or users, slots))
-    pairs = list(itertools.product(users, _expand(replies, slots))) if replies else None
-    sentences: list[tuple[str, ...]] = pairs or [(user,) for user in users]  # type: ignore[assignment]
+    sentences: list[tuple[str, ...]] = [(user,) for user in users]
+    if replies:
+        sentences = list(itertools.product(users, _expand(replies, slots)))
     if len(sentences) > most:
         sentences = rng.sample(sentences, most)
     split = "dev" if _bucket(family["family"]) % dev_share == 0 else "train"
@@ -154,8 +155,8 @@ class Share:
 def sample_epoch(rows: Sequence[Row], mix: Sequence[Share], seed: int) -> list[tuple[Row, float]]:
     """One epoch: from each file its share, balanced over (source, label, code, language).
 
-    Safe and unsafe rows keep the file's ratio. Within a label, cells are drawn from in proportion to
-    the square root of their size, so that a large source does not drown a small one; a row is
+    Safe and unsafe rows keep the file's ratio. Within a label, cells are drawn from in proportion
+    to the square root of their size, so that a large source does not drown a small one; a row is
     repeated at most once.
     """
     by_file: dict[str, list[Row]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""The student: a Llama that judges with the template that serves, taught by labels and the teacher."""
+"""The student: a Llama that judges with the serving template, taught by labels and a teacher."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Crop:
 
 
 class Classroom:
-    """Turns rows into lessons: the serving prompt builder, augmentation, and the teacher's views."""
+    """Turns rows into lessons: the serving prompt builder, augmentation, the teacher's views."""
 
     def __init__(
         self,
@@ -194,8 +194,8 @@ def distill(
 ) -> None:
     """Train on epochs of weighted rows; resumable. The last part sees weights as 4 bits keep them.
 
-    The embeddings have a rate of their own: they come with meaning, and the words of rare rows should
-    not be left behind by those of frequent ones.
+    The embeddings have a rate of their own: they come with meaning, and the words of rare rows
+    should not be left behind by those of frequent ones.
     """
     logits, pooled = views
     work = list(_work(classroom, epochs, tokens))
@@ -243,7 +243,7 @@ def _work(
 def judge_rows(
     student: Student, classroom: Classroom, rows: Sequence[Row], tokens: int = 4096
 ) -> tuple[Tensor, Tensor]:
-    """Unsafe logit [rows] and log-probabilities of codes [rows, codes], in the order of the rows."""
+    """Unsafe logit [rows] and log-probabilities of codes [rows, codes], in the rows' order."""
     student.eval()
     unsafe = torch.empty(len(rows))
     codes = torch.empty(len(rows), len(CODES))

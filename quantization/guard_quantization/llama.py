@@ -1,4 +1,4 @@
-"""A Llama decoder for training guards: rows of a batch share one prefix, the head reads verdicts."""
+"""A Llama decoder for training guards: rows share one prefix, the head reads verdicts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(shape: LlamaShape, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions [positions, head_dim / 2] (RoFormer, Su et al., 2021)."""
+    """Cosines and sines of rotary positions [positions, head_dim / 2] (RoFormer, Su, 2021)."""
     half = shape.head_dim // 2
     frequencies = shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies[None]

@@ -1,7 +1,7 @@
 """The starter's pipeline: tokenizer, teacher, views, student, evaluation, artifact; stage by stage.
 
 Every stage writes into the run folder and stamps what it was made from. A stage whose stamp fits is
-skipped; training goes on from its last checkpoint; a result of another recipe is never written over.
+skipped; training goes on from its last checkpoint; another recipe's result is never written over.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -102,7 +102,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:
-    if not is_dataclass(kind):
+    if not (isinstance(kind, type) and is_dataclass(kind)):
         return _plain(kind, value, where)
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a mapping")
@@ -111,9 +111,10 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(
             f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
         )
-    hints = get_type_hints(kind)
+    hints: dict[str, Any] = get_type_hints(kind)
     made = {name: _made(hints[name], value[name], f"{where}.{name}") for name in value}
-    return kind(**made)
+    make: Callable[..., Any] = kind
+    return make(**made)
 
 
 def _plain(kind: Any, value: Any, where: str) -> Any:

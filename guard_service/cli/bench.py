@@ -46,6 +46,13 @@ def bench(
             help="Run the bare engine on the same prompts too and tell what the service adds.",
         ),
     ] = False,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Of the bare engine: keep what precedes every conversation, or compute it anew.",
+        ),
+    ] = True,
     policy: options.PolicyName = "",
     server: options.Server = "",
     model: options.Model = "",
@@ -64,7 +71,16 @@ def bench(
     from guard_service.cli.place import Place
 
     how = bench_run.How(
-        what, concurrency, duration_s, count, warm_up_s, file, no_cache, policy, timeout_s
+        what,
+        concurrency,
+        duration_s,
+        count,
+        warm_up_s,
+        file,
+        no_cache,
+        policy,
+        timeout_s,
+        prefix_cache,
     )
     place = Place(server, model, (), ca, cert, key)
     raise typer.Exit(bench_run.run(place, how, compare_engine, as_json))

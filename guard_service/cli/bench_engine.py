@@ -35,10 +35,11 @@ def measure(
     batches: tuple[int, ...],
     duration_s: float,
     warm_up_s: float,
+    prefix_cache: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[EngineRun]:
     """Run the engine on the requests' prompts in batches of each size, for `duration_s` each."""
-    engine = open_engine(model, Settings().threads)
+    engine = open_engine(model, Settings().threads, prefix_cache)
     try:
         prompts = _prompts(engine, builtin_policies().get(policy), requests)
         _run(engine, prompts, batches[-1], warm_up_s, clock)

@@ -51,6 +51,7 @@ class How:
     no_cache: bool
     policy: str
     timeout_s: float
+    prefix_cache: bool = True
 
 
 def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
@@ -61,6 +62,7 @@ def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
         "concurrency": how.concurrency,
         "cores": len(os.sched_getaffinity(0)),
         "cache": not how.no_cache,
+        "prefix_cache": how.prefix_cache,
     }
     errors = 0
     if how.what == "service":
@@ -163,6 +165,7 @@ def _engine(place: Place, how: How) -> list[dict[str, Any]]:
             batches,
             duration_s,
             min(how.warm_up_s, 1.0),
+            how.prefix_cache,
         )
     except (GuardServiceError, ValueError, OSError) as wrong:
         exits.fail(f"cannot run the engine here: {wrong}")

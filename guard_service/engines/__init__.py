@@ -66,7 +66,7 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(model: str | Path, threads: int = 1) -> Engine:
+def open_engine(model: str | Path, threads: int = 1, prefix_cache: bool = True) -> Engine:
     """Load a model: "starter" (in this package), "fake" (for tests), or an artifact folder.
 
     Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
@@ -81,5 +81,5 @@ def open_engine(model: str | Path, threads: int = 1) -> Engine:
     if model == STARTER:
         starter = resources.files("guard_service") / "models" / STARTER
         with resources.as_file(starter) as folder:
-            return OnnxEngine.open(folder, threads)
-    return OnnxEngine.open(Path(model), threads)
+            return OnnxEngine.open(folder, threads, prefix_cache)
+    return OnnxEngine.open(Path(model), threads, prefix_cache)

@@ -61,9 +61,9 @@ class OnnxEngine:
         self._no_past = _no_past(manifest)
 
     @classmethod
-    def open(cls, folder: Path, threads: int = 1) -> OnnxEngine:
+    def open(cls, folder: Path, threads: int = 1, prefix_cache: bool = True) -> OnnxEngine:
         """Load an artifact folder. Raises ArtifactError or EngineFailed."""
-        return cls(load(folder), threads)
+        return cls(load(folder), threads, prefix_cache)
 
     def prompt_builder(self) -> PromptBuilder:
         """The builder of this model's prompts; thread-safe."""

@@ -54,7 +54,8 @@ _SOURCES = {
     "CC-BY-3.0": "clinc/oos-eval",
     "CC-BY-2.0-FR": "Tatoeba sentences by way of facebookresearch/LASER",
     "CC-BY-SA": (
-        "google-deepmind/xquad (4.0), JAugusto97/ToLD-Br (4.0), Vicomtech/hate-speech-dataset (3.0-ES)"
+        "google-deepmind/xquad (4.0), JAugusto97/ToLD-Br (4.0), "
+        "Vicomtech/hate-speech-dataset (3.0-ES)"
     ),
 }
 

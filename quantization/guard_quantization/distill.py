@@ -218,7 +218,7 @@ def distill(
     table = student.llama.model["embed_tokens"].weight
     others = [parameter for parameter in student.parameters() if parameter is not table]
     groups = [{"params": others, "lr": lr}, {"params": [table], "lr": embedding_lr}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     fit(
         student, optimizer, work, loss_of, what="student", checkpoint=checkpoint, around=around,
         warmup=150, every=200,

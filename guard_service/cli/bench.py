@@ -9,50 +9,58 @@ import typer
 
 from guard_service.cli import options
 
+What = Annotated[
+    str,
+    typer.Argument(
+        metavar="[service|engine]",
+        help="The service, or the bare engine in this process, without service or network.",
+    ),
+]
+Concurrency = Annotated[
+    int, typer.Option("--concurrency", "-c", min=1, max=4096, help="Callers at a time.")
+]
+Duration = Annotated[
+    float, typer.Option("--duration", "-d", min=0.1, metavar="SECONDS", help="How long to run.")
+]
+Count = Annotated[
+    int, typer.Option("--count", "-n", min=0, help="Stop after so many calls; 0: by time only.")
+]
+WarmUp = Annotated[
+    float, typer.Option("--warm-up", min=0, metavar="SECONDS", help="Run first, not counted.")
+]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, help="Conversations to send, JSON lines as of bulk, not our own sentences."
+    ),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache/--cache", help="Ask for fresh verdicts.")]
+CompareEngine = Annotated[
+    bool,
+    typer.Option(
+        "--compare-engine",
+        help="Run the bare engine on the same prompts too and tell what the service adds.",
+    ),
+]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Of the bare engine: keep what precedes every conversation, or compute it anew.",
+    ),
+]
+
 
 def bench(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="[service|engine]",
-            help="The service, or the bare engine in this process, without service or network.",
-        ),
-    ] = "service",
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", "-c", min=1, max=4096, help="Callers at a time.")
-    ] = 8,
-    duration_s: Annotated[
-        float, typer.Option("--duration", "-d", min=0.1, metavar="SECONDS", help="How long to run.")
-    ] = 10.0,
-    count: Annotated[
-        int, typer.Option("--count", "-n", min=0, help="Stop after so many calls; 0: by time only.")
-    ] = 0,
-    warm_up_s: Annotated[
-        float, typer.Option("--warm-up", min=0, metavar="SECONDS", help="Run first, not counted.")
-    ] = 2.0,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, help="Conversations to send, JSON lines as of bulk, not our own sentences."
-        ),
-    ] = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache/--cache", help="Ask for fresh verdicts.")
-    ] = True,
-    compare_engine: Annotated[
-        bool,
-        typer.Option(
-            "--compare-engine",
-            help="Run the bare engine on the same prompts too and tell what the service adds.",
-        ),
-    ] = False,
-    prefix_cache: Annotated[
-        bool,
-        typer.Option(
-            "--prefix-cache/--no-prefix-cache",
-            help="Of the bare engine: keep what precedes every conversation, or compute it anew.",
-        ),
-    ] = True,
+    what: What = "service",
+    concurrency: Concurrency = 8,
+    duration_s: Duration = 10.0,
+    count: Count = 0,
+    warm_up_s: WarmUp = 2.0,
+    file: File = None,
+    no_cache: NoCache = True,
+    compare_engine: CompareEngine = False,
+    prefix_cache: PrefixCache = True,
     policy: options.PolicyName = "",
     server: options.Server = "",
     model: options.Model = "",

@@ -130,10 +130,13 @@ def category_figures(rows: Sequence[Row], codes: Floats) -> dict[str, Any]:
 
 
 def fit_calibration(labels: NDArray[np.bool_], scores: Floats) -> Calibration:
-    """Platt scaling (Platt, 1999) of uncalibrated P(unsafe), at the rows' own share of unsafe."""
+    """Platt scaling (Platt, 1999) of uncalibrated P(unsafe), at the rows' own share of unsafe.
+
+    A weak prior (C = 1) keeps the scale finite where rows are told apart without a mistake.
+    """
     clipped = np.clip(scores, 1e-6, 1 - 1e-6)
     logits = np.log(clipped / (1 - clipped))
-    fitted = LogisticRegression(C=1e6).fit(logits[:, None], labels)
+    fitted = LogisticRegression(C=1.0).fit(logits[:, None], labels)
     return Calibration(float(max(fitted.coef_[0, 0], 1e-3)), float(fitted.intercept_[0]))
 
 

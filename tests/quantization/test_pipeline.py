@@ -47,7 +47,7 @@ RECIPE = {
         "tokens": 512,
         "quantized_from": 0.8,
         "languages": [],
-        "epochs": [{"toy": [80, 1.0]}] * 4,
+        "epochs": [{"toy": [110, 1.0]}] * 16,
     },
     "export": {"bits": 4, "block": 32, "embedding_bits": 8, "accuracy_level": 4},
 }
@@ -67,7 +67,7 @@ def toy_row(number: int) -> dict[str, object]:
         "label": "unsafe" if unsafe else "safe",
         "categories": ["S2"] if unsafe else [],
         "language": "en",
-        "source": "toy" if number % 10 else "elsewhere",
+        "source": "toy" if number % 7 else "elsewhere",
         "split": "dev" if number % 5 == 0 else "train",
     }
 

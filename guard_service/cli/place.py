@@ -64,6 +64,7 @@ def guard_here(model: str, policies: tuple[Path, ...]) -> Iterator[str]:
     """A guard in this process, stopped on leaving; yields its target. Ends guardctl on failure."""
     from guard_policies.loader import PolicyError
     from guard_service.config import Settings
+    from guard_service.engines import EngineFailed
     from guard_service.errors import GuardServiceError
     from guard_service.server import local_server
 
@@ -73,7 +74,7 @@ def guard_here(model: str, policies: tuple[Path, ...]) -> Iterator[str]:
         target = serving.__enter__()
     except PolicyError as wrong:
         exits.fail("\n".join(map(str, wrong.problems)))
-    except (GuardServiceError, ValueError, OSError) as wrong:
+    except (EngineFailed, GuardServiceError, ValueError, OSError) as wrong:
         exits.fail(f"cannot run a guard here: {wrong}")
     try:
         yield target

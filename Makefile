@@ -58,7 +58,7 @@ test-protobuf: $(OLDEST_VENV)/.made ## run the wire's tests on the oldest protob
 	$(OLDEST_VENV)/bin/python -m pytest -q $(WIRE_TESTS)
 
 bench: $(VENV)/.base ## measure the starter guard here: latency, verdicts a second, what the service adds
-	$(BIN)/python -m guard_service.cli bench --compare-engine $(ARGS)
+	$(BIN)/guardctl bench --compare-engine $(ARGS)
 
 clean: ## remove the virtual environments, caches and builds
 	rm -rf .venv $(PROTO_VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache dist build

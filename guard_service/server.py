@@ -36,6 +36,7 @@ LOG = logging.getLogger(__name__)
 FLUSH_S = 1.0  # after the last verdict: for its bytes to leave
 LAME_DUCK_S = 3.0  # after the drain: for telling latecomers to go elsewhere
 JOIN_S = 5.0
+PENDING_CALLS = 65_536
 
 
 class GuardServer:
@@ -213,6 +214,10 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
         # Of one connection. Clients hold back what is over it, so it is more than we admit: else
         # they would not hear at once that there is no room.
         ("grpc.max_concurrent_streams", 4 * settings.max_calls),
+        # Calls that have arrived and that Python has not looked at yet. Past these bounds, of 1,000
+        # and 3,000 by default, gRPC cancels calls at random, and their callers do not learn why.
+        ("grpc.server.max_pending_requests", PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.keepalive_time_ms", 60_000),  # finds dead peers
         ("grpc.keepalive_timeout_ms", 20_000),

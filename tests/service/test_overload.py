@@ -61,3 +61,18 @@ async def test_calls_and_bytes_in_progress_are_bounded(run_guard: RunGuard) -> N
     assert refusal.retry_s
     gate.set()
     await asyncio.gather(big, *small)
+
+
+async def test_no_call_of_a_burst_is_cancelled_by_grpc_itself(run_guard: RunGuard) -> None:
+    """gRPC cancels calls beyond a thousand that Python has not looked at; callers need a reason."""
+    guard = await run_guard(FakeEngine())
+
+    async def code(number: int) -> grpc.StatusCode:
+        try:
+            await guard.stub.Classify(asked(f"caller {number}"), timeout=60)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+    codes = Counter(await asyncio.gather(*(code(number) for number in range(3_000))))
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}

@@ -117,7 +117,7 @@ def model_card(
             "## Calibration",
             "",
             f"P(unsafe) = sigmoid(scale x + bias) of the logit x; {fitted}. Expected calibration "
-            f"error on dev: {found['ece']:.3f} (15 bins).",
+            f"error on dev: {found['dev']['ece']:.3f} (15 bins).",
             "",
         ]
     )

@@ -62,21 +62,15 @@ class Classroom:
 
     def lesson(self, row: Row, weight: float, rng: random.Random | None) -> Lesson:
         """`rng` varies case and final punctuation, which carry no meaning; None leaves the text."""
-        turns = [
-            (role, _cropped(text, self.crop.judged if last else self.crop.context))
-            for last, (role, text) in _marked(row.turns)
-        ]
+        context = [(role, _cropped(text, self.crop.context)) for role, text in row.turns[:-1]]
+        role, text = row.turns[-1]
+        judged = _cropped(text, self.crop.judged)
         if rng is not None:
-            turns[-1] = (turns[-1][0], _varied(turns[-1][1], rng))
-        built = self.builder.build(Conversation.of(*turns), LLAMA_GUARD_3)
+            judged = _varied(judged, rng)
+        built = self.builder.build(Conversation.of(*context, (role, judged)), LLAMA_GUARD_3)
         prompt = built.prompts[-1]
         ids = [*prompt.body, *prompt.closing, *self.verdict]
         return Lesson(row, weight, ids, self.views.get(row.id, -1))
-
-
-def _marked(turns: Sequence[tuple[str, str]]) -> Iterator[tuple[bool, tuple[str, str]]]:
-    for at, turn in enumerate(turns):
-        yield at == len(turns) - 1, turn
 
 
 def _cropped(text: str, most: int) -> str:

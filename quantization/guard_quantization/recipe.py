@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 
@@ -123,9 +122,7 @@ def _plain(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be a list")
         return tuple(value)
     wanted = (int, float) if kind is float else get_origin(kind) or kind
-    if isinstance(kind, UnionType):
-        wanted = get_args(kind)
-    if wanted is Mapping or getattr(wanted, "__name__", "") == "Mapping":
+    if wanted is Mapping:
         wanted = dict
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, not {value!r}")

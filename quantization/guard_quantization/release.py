@@ -22,10 +22,10 @@ from guard_quantization.evaluate import (
     by,
     calibrations,
     category_figures,
-    expected_calibration_error,
     figures,
     score_rows,
 )
+from guard_quantization.llama import GuardLlama
 from guard_quantization.pipeline import Pipeline
 from guard_quantization.quantize import Release, make_artifact
 from guard_quantization.teacher import CODES
@@ -45,7 +45,8 @@ def release(pipeline: Pipeline, folder: Path) -> Artifact:
         raise FileExistsError(f"{folder} exists; artifacts are never written over")
     draft_folder = pipeline.folder / "draft"
     shutil.rmtree(draft_folder, ignore_errors=True)
-    draft = _export(pipeline, draft_folder, {way: Calibration() for way in Direction}, {})
+    llama = pipeline.student()[0].llama
+    draft = _export(pipeline, llama, draft_folder, {way: Calibration() for way in Direction}, {})
     engine = OnnxEngine(draft, threads=2)
     rows = evaluation_rows(pipeline)
     raw = score_rows(engine, rows)
@@ -57,7 +58,7 @@ def release(pipeline: Pipeline, folder: Path) -> Artifact:
     (pipeline.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
     card = pipeline.folder / "MODEL_CARD.md"
     card.write_text(model_card(pipeline.recipe, draft.manifest, fitted, evaluation), "utf-8")
-    return _export(pipeline, folder, fitted, {"MODEL_CARD.md": card})
+    return _export(pipeline, llama, folder, fitted, {"MODEL_CARD.md": card})
 
 
 def evaluation_rows(pipeline: Pipeline) -> list[Row]:
@@ -76,7 +77,6 @@ def evaluate_starter(pipeline: Pipeline, rows: Sequence[Row], scores: Scores) ->
         return [rows[at] for at in chosen], Scores(scores.unsafe[chosen], scores.codes[chosen])
 
     dev, seen = pick(lambda row: row.split == "dev" and row.source not in held)
-    labels = np.array([row.unsafe for row in dev], bool)
     probe, probed = pick(lambda row: row.source == "probe")
     return {
         "dev": figures(dev, seen.unsafe),
@@ -86,10 +86,9 @@ def evaluate_starter(pipeline: Pipeline, rows: Sequence[Row], scores: Scores) ->
         "prompts_harm_against_safe": _against(dev, seen.unsafe, ("prompts_harm", "prompts_safe")),
         "responses": _against(dev, seen.unsafe, ("responses",)),
         "categories": category_figures(dev, seen.codes),
-        "ece": expected_calibration_error(labels, seen.unsafe),
         "probe": by(probe, probed.unsafe, lambda row: f"{row.file}/{row.group}"),
         "probe_all": by(probe, probed.unsafe, lambda row: row.file),
-        "transfer": _transfer(pipeline, rows, scores.unsafe, held),
+        "transfer": _transfer(pipeline, rows, scores.unsafe),
     }
 
 
@@ -99,7 +98,7 @@ def _against(rows: Sequence[Row], scores: NDArray[np.float64], files: tuple[str,
 
 
 def _transfer(
-    pipeline: Pipeline, rows: Sequence[Row], scores: NDArray[np.float64], held: set[str]
+    pipeline: Pipeline, rows: Sequence[Row], scores: NDArray[np.float64]
 ) -> dict[str, dict[str, float]]:
     """AUROC of teacher and student on English rows that neither saw."""
     sets: dict[str, Callable[[Row], bool]] = {
@@ -137,17 +136,17 @@ def _calibrated(
 
 def _export(
     pipeline: Pipeline,
+    llama: GuardLlama,
     folder: Path,
     calibration: Mapping[Direction, Calibration],
     documents: Mapping[str, Path],
 ) -> Artifact:
-    student, _ = pipeline.student()
     plan = pipeline.recipe.student
-    state: dict[str, Tensor] = student.llama.state_dict()
+    state: dict[str, Tensor] = llama.state_dict()
     weights = {name: tensor.float().numpy() for name, tensor in state.items()}
     return make_artifact(
         folder,
-        student.llama.shape.config(),
+        llama.shape.config(),
         weights,
         pipeline.tokenizer(),
         Release(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -21,22 +21,11 @@ from guard_middleware import (
     Unjudged,
     Verdict,
 )
-from tests.middleware.fake_service import FakeService, Refusal, serving, socket_in, verdict
+from tests.middleware.fake_service import FakeService, Refusal, socket_in, verdict
 
 ONCE = Retries(attempts=1)
 GONE = Refusal(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
 FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_after_s=0.25)
-
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-def target(service: FakeService, tmp_path: Path) -> Iterator[str]:
-    with serving(service, socket_in(tmp_path)) as target:
-        yield target
 
 
 async def test_verdict_arrives_and_retries_wait(service: FakeService, target: str) -> None:

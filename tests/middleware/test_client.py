@@ -43,17 +43,6 @@ GONE = Refusal(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
 FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_after_s=0.25)
 
 
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-def target(service: FakeService, tmp_path: Path) -> Iterator[str]:
-    with serving(service, socket_in(tmp_path)) as target:
-        yield target
-
-
 def test_verdict_arrives_whole(service: FakeService, target: str) -> None:
     service.script = [verdict(verdict_pb2.ACTION_BLOCK, 0.9)]
     with GuardClient(target) as guard:

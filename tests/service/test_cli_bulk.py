@@ -123,7 +123,7 @@ def test_line_that_cannot_be_judged_gets_an_error_and_the_run_goes_on(
     assert errors[1] == "BAD_LINE: the line is not JSON in UTF-8"
     assert errors[6] == "CONVERSATION_TOO_LONG: too long"
     assert all(one["action"] is None for one in found if one["error"])
-    assert service.asked[0].language == "de"
+    assert [one.language for one in service.asked].count("de") == 1
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

@@ -27,6 +27,9 @@ def run(
     encoder: Annotated[
         Path | None, typer.Option(help="Folder of a BERT sentence encoder; none: the packaged one.")
     ] = None,
+    wordnet: Annotated[
+        Path, typer.Option(help="WordNet's database files (Debian package wordnet-base).")
+    ] = Path("/usr/share/wordnet"),
     threads: Annotated[int, typer.Option(help="Threads that compute.", min=1)] = 2,
 ) -> None:
     """Train the starter guard stage by stage; run it again to go on after an interruption."""
@@ -37,7 +40,7 @@ def run(
     from guard_quantization.release import release
 
     torch.set_num_threads(threads)
-    pipeline = Pipeline(load_recipe(recipe), data, runs, encoder or _packaged_encoder())
+    pipeline = Pipeline(load_recipe(recipe), data, runs, encoder or _packaged_encoder(), wordnet)
     pipeline.student()
     if out is None:
         typer.echo(f"trained; results are in {pipeline.folder}")

@@ -36,6 +36,7 @@ class Row:
     file: str  # name without .jsonl.gz, for example "prompts_safe"
     split: str  # "train", "dev" or "test"
     group: str = ""  # of a probe row: what it probes
+    labelled: bool = True  # False: only a teacher can say; `unsafe` means nothing
 
     @property
     def direction(self) -> Direction:

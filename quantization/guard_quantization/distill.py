@@ -34,6 +34,7 @@ class Lesson:
     weight: float
     ids: list[int]  # body, closing, and the verdict's tokens up to "S"
     view: int  # index of the teacher's view, -1 without
+    trust: float  # share of the target that is the teacher's belief, the rest is the label
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,11 @@ class Classroom:
         builder: PromptBuilder,
         verdict: Sequence[int],
         views: Mapping[str, int],
+        trust: float = 0.0,
         crop: Crop = Crop(),
     ) -> None:
-        self.builder, self.verdict, self.views, self.crop = builder, list(verdict), views, crop
+        self.builder, self.verdict, self.crop = builder, list(verdict), crop
+        self.views, self.trust = views, trust
 
     def prefix(self, direction: Direction) -> Tensor:
         """Tokens in front of every conversation of that direction."""
@@ -70,7 +73,9 @@ class Classroom:
         built = self.builder.build(Conversation.of(*context, (role, judged)), LLAMA_GUARD_3)
         prompt = built.prompts[-1]
         ids = [*prompt.body, *prompt.closing, *self.verdict]
-        return Lesson(row, weight, ids, self.views.get(row.id, -1))
+        view = self.views.get(row.id, -1)
+        trust = 0.0 if view < 0 else self.trust if row.labelled else 1.0
+        return Lesson(row, weight, ids, view, trust)
 
 
 def _cropped(text: str, most: int) -> str:
@@ -115,28 +120,25 @@ class Student(nn.Module):
         return logits.float(), projected.float()
 
 
-def verdict_loss(
-    logits: Tensor, batch: Sequence[Lesson], views: Tensor, trust: float = 0.4
-) -> Tensor:
+def verdict_loss(logits: Tensor, batch: Sequence[Lesson], views: Tensor) -> Tensor:
     """Cross-entropy of the verdict and of the first code, per row [B].
 
-    `views` [N, 1 + codes] are the teacher's logits; where there is one, the target is `trust` of
-    its belief and the rest the label.
+    `views` [N, 1 + codes] are the teacher's logits; a lesson's target is its `trust` share of the
+    teacher's belief and the rest the label.
     """
     unsafe, codes, known = targets([lesson.row for lesson in batch])
     seen = torch.tensor([lesson.view for lesson in batch])
     has = (seen >= 0).float()
-    belief = views[seen.clamp(min=0)]
-    share = trust * has
+    belief = views[seen.clamp(min=0)].float()
+    share = torch.tensor([lesson.trust for lesson in batch])
     unsafe = (unsafe * 0.97 + 0.015) * (1 - share) + torch.sigmoid(belief[:, 0]) * share
     binary = F.binary_cross_entropy_with_logits(
         logits[:, 0, UNSAFE_ROW] - logits[:, 0, SAFE_ROW], unsafe, reduction="none"
     )
-    wrong = torch.tensor([float(lesson.row.unsafe) for lesson in batch])
     told = belief[:, 1:].softmax(-1)
     mixed = codes * (1 - share)[:, None] + told * share[:, None]
     first = torch.where((known > 0)[:, None], mixed, told)
-    counts = wrong * torch.where(known > 0, torch.ones_like(has), 0.5 * has)
+    counts = unsafe * torch.where(known > 0, torch.ones_like(has), 0.5 * has)
     coded = -(first * F.log_softmax(logits[:, 1, CODE_ROWS], -1)).sum(-1) * counts
     return binary + 0.35 * coded
 
@@ -144,7 +146,7 @@ def verdict_loss(
 def feature_loss(projected: Tensor, batch: Sequence[Lesson], pooled: Tensor) -> Tensor:
     """1 - cosine between the student's projection and the teacher's output, per row [B]."""
     seen = torch.tensor([lesson.view for lesson in batch])
-    cosine = F.cosine_similarity(projected, pooled[seen.clamp(min=0)], dim=-1)
+    cosine = F.cosine_similarity(projected, pooled[seen.clamp(min=0)].float(), dim=-1)
     return (1 - cosine) * (seen >= 0).float()
 
 

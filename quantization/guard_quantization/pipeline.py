@@ -23,9 +23,13 @@ from guard_quantization.llama import GuardLlama
 from guard_quantization.quantize import verdict_tokens
 from guard_quantization.recipe import Epoch, Recipe, shares
 from guard_quantization.teacher import CODES, Judge, train_teacher
+from guard_quantization.unlabelled import unlabelled_rows
 from guard_quantization.vocabulary import token_vectors, train_tokenizer
+from guard_quantization.wordnet import read_wordnet
 from guard_service.prompt import PromptBuilder
 from guard_service.tokenizer import load_tokenizer
+
+WORDNET = Path("/usr/share/wordnet")  # of the Debian package wordnet-base
 
 
 class StaleStage(ValueError):
@@ -33,10 +37,16 @@ class StaleStage(ValueError):
 
 
 class Pipeline:
-    """One recipe in one run folder. `encoder` is the folder of the sentence encoder (BERT)."""
+    """One recipe in one run folder.
 
-    def __init__(self, recipe: Recipe, data: Path, runs: Path, encoder: Path) -> None:
-        self.recipe, self.data, self.encoder = recipe, data, encoder
+    `encoder` is the folder of the sentence encoder (BERT), `wordnet` that of WordNet's database;
+    they are read only by the stages that need them.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Path, runs: Path, encoder: Path, wordnet: Path = WORDNET
+    ) -> None:
+        self.recipe, self.data, self.encoder, self.wordnet = recipe, data, encoder, wordnet
         self.folder = runs / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -51,11 +61,29 @@ class Pipeline:
         held = set(self.recipe.held_out)
         return [row for row in self.rows if row.split == "train" and row.source not in held]
 
-    def epochs(
-        self, mixes: Sequence[Epoch], languages: Sequence[str]
+    @cached_property
+    def unlabelled_rows(self) -> list[Row]:
+        """Conversations that only the teacher judges; none when the recipe asks for none."""
+        count = self.recipe.student.unlabelled
+        if not count:
+            return []
+        wordnet = read_wordnet(self.wordnet)
+        return unlabelled_rows(self.train_rows, wordnet, count, self.recipe.seed)
+
+    def teacher_epochs(self) -> list[list[tuple[Row, float]]]:
+        """What the teacher is trained on, epoch by epoch."""
+        plan = self.recipe.teacher
+        return self._epochs(plan.epochs, plan.languages, self.train_rows)
+
+    def student_epochs(self) -> list[list[tuple[Row, float]]]:
+        """What the student is trained on, epoch by epoch."""
+        plan = self.recipe.student
+        return self._epochs(plan.epochs, plan.languages, self.train_rows + self.unlabelled_rows)
+
+    def _epochs(
+        self, mixes: Sequence[Epoch], languages: Sequence[str], rows: Sequence[Row]
     ) -> list[list[tuple[Row, float]]]:
-        """The rows of each epoch, drawn as the recipe says."""
-        rows = [row for row in self.train_rows if not languages or row.language in languages]
+        rows = [row for row in rows if not languages or row.language in languages]
         seed = self.recipe.seed
         return [sample_epoch(rows, shares(mix), seed + at) for at, mix in enumerate(mixes)]
 
@@ -80,7 +108,7 @@ class Pipeline:
 
         def make() -> None:
             torch.manual_seed(self.recipe.seed)
-            train_teacher(judge, self.epochs(plan.epochs, plan.languages), checkpoint, plan.lr)
+            train_teacher(judge, self.teacher_epochs(), checkpoint, plan.lr)
 
         self._stage("teacher", ("teacher",), make)
         judge.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
@@ -92,9 +120,8 @@ class Pipeline:
         path = self.folder / "views.pt"
 
         def make() -> None:
-            plan, languages = self.recipe.student, set(self.recipe.teacher.languages)
-            epochs = self.epochs(plan.epochs, plan.languages)
-            seen = {row.id: row for epoch in epochs for row, _ in epoch}
+            languages = set(self.recipe.teacher.languages)
+            seen = {row.id: row for epoch in self.student_epochs() for row, _ in epoch}
             rows = [row for row in seen.values() if not languages or row.language in languages]
             logits, pooled = self.teacher().views(rows)
             ids = [row.id for row in rows]
@@ -103,7 +130,7 @@ class Pipeline:
         self._stage("views", ("teacher", "student"), make)
         kept = torch.load(path, weights_only=True)
         index = {row: at for at, row in enumerate(kept["ids"])}
-        return index, kept["logits"].float(), kept["pooled"].float()
+        return index, kept["logits"], kept["pooled"]
 
     def student(self) -> tuple[Student, Classroom]:
         """Stage 4: the distilled Llama."""
@@ -117,8 +144,8 @@ class Pipeline:
 
         def make() -> None:
             index, logits, pooled = self.views()
-            classroom = Classroom(builder, spoken, index)
-            epochs = self.epochs(plan.epochs, plan.languages)
+            classroom = Classroom(builder, spoken, index, plan.trust)
+            epochs = self.student_epochs()
             torch.manual_seed(self.recipe.seed)
             distill(
                 student,

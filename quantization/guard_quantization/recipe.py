@@ -57,6 +57,8 @@ class StudentPlan:
     embedding_lr: float
     tokens: int
     quantized_from: float
+    trust: float  # share of the teacher's belief in a labelled row's target
+    unlabelled: int  # how many unlabelled conversations there are to draw from
     languages: tuple[str, ...]
     epochs: tuple[Epoch, ...]
 

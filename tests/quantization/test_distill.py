@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def classroom() -> Classroom:
     assert list(verdict.head[CODE_ROWS]) == [verdict.codes[code] for code in CODES]
     assert len(verdict.head) == HEAD_ROWS
     builder = PromptBuilder(tokenizer, "compact-fixed", 1024)
-    return Classroom(builder, (verdict.unsafe, verdict.newline, verdict.mark), {"r0": 0, "r1": 1})
+    spoken = (verdict.unsafe, verdict.newline, verdict.mark)
+    return Classroom(builder, spoken, {"r0": 0, "r1": 1}, trust=0.4)
 
 
 def student() -> Student:
@@ -88,6 +90,19 @@ def test_the_loss_follows_the_label_and_leans_to_the_teacher(classroom: Classroo
     doubted = verdict_loss(logits, [lesson], believes)
     confirmed = verdict_loss(logits, [lesson], -believes)
     assert confirmed.item() < 0.3 < doubted.item()
+
+
+def test_without_a_label_only_the_teacher_counts(classroom: Classroom) -> None:
+    unlabelled = replace(row(0, "please bake", False), labelled=False, categories=None)
+    lesson = classroom.lesson(unlabelled, 1.0, None)
+    logits = torch.zeros(1, 2, HEAD_ROWS)
+    logits[0, 0, UNSAFE_ROW] = 3.0
+    believes = torch.zeros(2, 1 + len(CODES))
+    believes[0, 0], believes[0, 3] = 6.0, 20.0
+    told = verdict_loss(logits, [lesson], believes).item()
+    logits[0, 1, CODE_ROWS] = believes[0, 1:]
+    assert verdict_loss(logits, [lesson], believes).item() < told - 0.3  # the code counts too
+    assert verdict_loss(-logits, [lesson], believes).item() > told + 1
 
 
 def test_features_count_only_where_the_teacher_looked(classroom: Classroom) -> None:

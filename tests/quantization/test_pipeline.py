@@ -14,6 +14,7 @@ from guard_quantization.pipeline import Pipeline, StaleStage
 from guard_quantization.recipe import load_recipe
 from guard_quantization.release import release
 from guard_service.engines import open_engine
+from tests.quantization.small_wordnet import write_wordnet
 
 BAD, GOOD = ("burn", "steal", "hurt", "poison"), ("bake", "paint", "plant", "sew")
 THINGS = ("house", "garden", "boat", "cake", "fence")
@@ -46,8 +47,10 @@ RECIPE = {
         "embedding_lr": 1e-2,
         "tokens": 512,
         "quantized_from": 0.8,
+        "trust": 0.4,
+        "unlabelled": 30,
         "languages": [],
-        "epochs": [{"toy": [110, 1.0]}] * 16,
+        "epochs": [{"toy": [110, 1.0], "unlabelled": [12, 1.0]}] * 16,
     },
     "export": {"bits": 4, "block": 32, "embedding_bits": 8, "accuracy_level": 4},
 }
@@ -97,7 +100,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Pipelin
     (folder / "data").mkdir()
     lines = "\n".join(json.dumps(toy_row(number)) for number in range(160))
     (folder / "data" / "toy.jsonl").write_text(lines + "\n")
-    made = Pipeline(load_recipe(folder / "small.yaml"), folder / "data", folder / "runs", encoder)
+    recipe = load_recipe(folder / "small.yaml")
+    wordnet = write_wordnet(folder / "wordnet")
+    made = Pipeline(recipe, folder / "data", folder / "runs", encoder, wordnet)
     made.rows = [row for row in made.rows if row.file == "toy"]  # not the package's families
     return made
 

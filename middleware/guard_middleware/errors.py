@@ -100,6 +100,8 @@ class NotPermitted(GuardError):
 
 _BY_CODE: Mapping[grpc.StatusCode, type[GuardError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    # The caller's own cancellation never comes this way: a server that stops cancels what is late.
+    grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,

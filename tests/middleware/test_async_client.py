@@ -57,6 +57,15 @@ async def test_policys_own_fallback_is_learnt_beforehand(service: FakeService, t
     assert isinstance(found, Unjudged) and found.action is Action.FLAG
 
 
+async def test_a_server_s_cancellation_is_unavailable_and_tried_again(
+    service: FakeService, target: str
+) -> None:
+    service.script = [Refusal(grpc.StatusCode.CANCELLED), verdict()]
+    terms = Terms(on_unavailable="raise", draw=lambda: 0.0)
+    async with AsyncGuardClient(target, terms) as guard:
+        assert isinstance(await guard.classify("a"), Verdict)
+
+
 async def test_batch_answers_item_by_item(service: FakeService, target: str) -> None:
     service.script = [verdict(), Refusal(grpc.StatusCode.INTERNAL)]
     async with AsyncGuardClient(target) as guard:

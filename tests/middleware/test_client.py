@@ -99,6 +99,7 @@ def test_error_carries_what_the_details_say(service: FakeService, target: str) -
     ("code", "kind"),
     [
         (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.CANCELLED, Unavailable),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
         (grpc.StatusCode.INTERNAL, EngineFailed),

@@ -121,7 +121,7 @@ def _family_rows(family: dict[str, Any], file: str, dev_share: int, most: int) -
             turns=tuple(zip(roles, texts, strict=False)),
             unsafe=family["label"] == "unsafe",
             categories=tuple(family.get("categories") or ()),
-            language="en",
+            language=family.get("language", "en"),
             source="contrast",
             file=file,
             split=split,

@@ -33,7 +33,7 @@ hateful, and part of the hazard labels say what a prompt was written for, not wh
 
 Known weaknesses: sarcasm, coded speech, long texts in which one sentence matters, jailbreak
 wrappers unlike the ones seen, replies that go wrong late, and most languages but English, where
-harmful requests come from templates alone. No native speaker has read the non-English data.
+harmful requests come from written families alone. No native speaker has read the non-English data.
 """
 
 # Owner and name of each public source, with its licence: CC licences ask for the attribution.
@@ -65,8 +65,9 @@ _METHOD = """\
    what the encoder as published makes of each token alone; all other weights begin as noise,
    but for a last layer that begins as mean pooling.
 3. The student is trained on all rows with the template that serves; labels, the teacher's
-   beliefs and the teacher's sentence vectors are its targets. For the last part it sees its
-   weights in 4 bits.
+   beliefs and the teacher's sentence vectors are its targets. English sentences with nouns
+   exchanged (their kin from Princeton WordNet) join them, judged by the teacher alone. For the
+   last part it sees its weights in 4 bits.
 4. Layers are stored in 4 bits, embeddings in 8; P(unsafe) is calibrated on dev rows per
    direction (Platt, 1999).
 
@@ -111,7 +112,8 @@ def model_card(
             "Every figure is of the shipped, quantized artifact through the engine that serves it, "
             "at the default threshold 0.5. Dev rows share sources, and the written sets share "
             "frames, with what was trained on: they flatter. The probe sets were written apart "
-            "from the training data and never trained on.",
+            "from the training data and never trained on; probe_* were looked at while choices "
+            "were made, final_* only when all were.",
             "",
             *_figures(found),
             "## Calibration",

@@ -117,7 +117,7 @@ def _family_rows(family: dict[str, Any], file: str, dev_share: int, most: int) -
     roles = ("user", "assistant")
     return [
         Row(
-            id=f"contrast-{family['family']}-{n}",
+            id=f"{file}-{family['family']}-{n}",
             turns=tuple(zip(roles, texts, strict=False)),
             unsafe=family["label"] == "unsafe",
             categories=tuple(family.get("categories") or ()),

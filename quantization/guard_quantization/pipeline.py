@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, BertModel
 
 from guard_quantization.data import Row, contrast_rows, read_folder, sample_epoch
 from guard_quantization.distill import HEAD_ROWS, Classroom, Student, distill
+from guard_quantization.exchange import exchanged_rows
 from guard_quantization.llama import GuardLlama
 from guard_quantization.quantize import verdict_tokens
 from guard_quantization.recipe import Epoch, Recipe, shares
 from guard_quantization.teacher import CODES, Judge, train_teacher
-from guard_quantization.unlabelled import unlabelled_rows
 from guard_quantization.vocabulary import token_vectors, train_tokenizer
-from guard_quantization.wordnet import read_wordnet
+from guard_quantization.wordnet import read_nouns
 from guard_service.prompt import PromptBuilder
 from guard_service.tokenizer import load_tokenizer
 
@@ -62,13 +62,12 @@ class Pipeline:
         return [row for row in self.rows if row.split == "train" and row.source not in held]
 
     @cached_property
-    def unlabelled_rows(self) -> list[Row]:
+    def exchanged_rows(self) -> list[Row]:
         """Conversations that only the teacher judges; none when the recipe asks for none."""
-        count = self.recipe.student.unlabelled
+        count = self.recipe.student.exchanged
         if not count:
             return []
-        wordnet = read_wordnet(self.wordnet)
-        return unlabelled_rows(self.train_rows, wordnet, count, self.recipe.seed)
+        return exchanged_rows(self.train_rows, read_nouns(self.wordnet), count, self.recipe.seed)
 
     def teacher_epochs(self) -> list[list[tuple[Row, float]]]:
         """What the teacher is trained on, epoch by epoch."""
@@ -78,7 +77,7 @@ class Pipeline:
     def student_epochs(self) -> list[list[tuple[Row, float]]]:
         """What the student is trained on, epoch by epoch."""
         plan = self.recipe.student
-        return self._epochs(plan.epochs, plan.languages, self.train_rows + self.unlabelled_rows)
+        return self._epochs(plan.epochs, plan.languages, self.train_rows + self.exchanged_rows)
 
     def _epochs(
         self, mixes: Sequence[Epoch], languages: Sequence[str], rows: Sequence[Row]
@@ -92,9 +91,8 @@ class Pipeline:
         path = self.folder / "tokenizer.json"
 
         def make() -> None:
-            trained = train_tokenizer(
-                self._texts(), self.recipe.tokenizer.size, self.recipe.student.template
-            )
+            size = self.recipe.tokenizer.size
+            trained = train_tokenizer(self._texts(), size, self.recipe.student.template)
             path.write_text(trained.to_str(), "utf-8")
 
         self._stage("tokenizer", ("tokenizer",), make)
@@ -110,7 +108,7 @@ class Pipeline:
             torch.manual_seed(self.recipe.seed)
             train_teacher(judge, self.teacher_epochs(), checkpoint, plan.lr)
 
-        self._stage("teacher", ("teacher",), make)
+        self._stage("teacher", ("teacher",), make, plan.languages)
         judge.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         judge.model.eval()
         return judge
@@ -181,9 +179,17 @@ class Pipeline:
             for _, text in row.turns:
                 yield text[:1500]
 
-    def _stage(self, name: str, sections: Sequence[str], make: Callable[[], None]) -> None:
+    def _stage(
+        self,
+        name: str,
+        sections: Sequence[str],
+        make: Callable[[], None],
+        languages: Sequence[str] = (),
+    ) -> None:
+        """Do a stage that depends on these sections of the recipe and the rows of `languages`."""
         stamp = self.folder / f"{name}.stamp"
-        wanted = {"stage": name, "recipe": self.recipe.digest(*sections), "data": self.data_digest}
+        data = self._digest(languages)
+        wanted = {"stage": name, "recipe": self.recipe.digest(*sections), "data": data}
         begun = self.folder / f"{name}.begun"
         for path in (stamp, begun):
             if path.exists() and json.loads(path.read_text()) != wanted:
@@ -200,7 +206,11 @@ class Pipeline:
     @cached_property
     def data_digest(self) -> str:
         """Hash of which rows there are, how they are labelled and split."""
+        return self._digest(())
+
+    def _digest(self, languages: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(f"{row.id} {row.unsafe} {row.split}\n".encode())
+            if not languages or row.language in languages:
+                digest.update(f"{row.id} {row.unsafe} {row.split} {row.turns}\n".encode())
         return digest.hexdigest()

@@ -58,7 +58,7 @@ class StudentPlan:
     tokens: int
     quantized_from: float
     trust: float  # share of the teacher's belief in a labelled row's target
-    unlabelled: int  # how many unlabelled conversations there are to draw from
+    exchanged: int  # how many conversations with exchanged words there are to draw from
     languages: tuple[str, ...]
     epochs: tuple[Epoch, ...]
 

@@ -110,6 +110,7 @@ def _transfer(
             row.source == "microsoft/TOXIGEN" and row.file == "posts_hate"
         ),
         "probe_en": lambda row: row.file == "probe_en",
+        "final_en (looked at once, after training)": lambda row: row.file == "final_en",
     }
     judge = pipeline.teacher()
     found = {}

@@ -48,9 +48,9 @@ RECIPE = {
         "tokens": 512,
         "quantized_from": 0.8,
         "trust": 0.4,
-        "unlabelled": 30,
+        "exchanged": 30,
         "languages": [],
-        "epochs": [{"toy": [110, 1.0], "unlabelled": [12, 1.0]}] * 16,
+        "epochs": [{"toy": [110, 1.0], "exchanged": [12, 1.0]}] * 16,
     },
     "export": {"bits": 4, "block": 32, "embedding_bits": 8, "accuracy_level": 4},
 }

@@ -34,7 +34,7 @@ from guard_service.engines.onnx import OnnxEngine
 from guard_service.manifest import Calibration
 
 STARTER_NOTICE = (
-    "starter guard: a few million parameters, trained on public and written data; not Llama Guard 3"
+    "starter guard: a small model trained on public and written data; not Llama Guard 3"
 )
 LICENCE = "Apache-2.0; trained on data under permissive and share-alike licences, see MODEL_CARD.md"
 

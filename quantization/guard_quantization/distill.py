@@ -152,13 +152,13 @@ def feature_loss(projected: Tensor, batch: Sequence[Lesson], pooled: Tensor) -> 
 
 @contextmanager
 def quantized_weights(model: GuardLlama) -> Iterator[None]:
-    """Layers and embeddings as 4-bit storage rounds them, inside the context (straight-through).
+    """Layers' weights as 4-bit storage will round them, inside the context (straight-through).
 
     Bengio et al., 2013: the gradient at the rounded weights is applied to the unrounded ones.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "lm_head" not in name:
+        if parameter.dim() == 2 and "layers" in name:
             kept.append((parameter, parameter.data))
             parameter.data = _rounded(parameter.data)
     try:

@@ -108,7 +108,8 @@ class Pipeline:
             torch.manual_seed(self.recipe.seed)
             train_teacher(judge, self.teacher_epochs(), checkpoint, plan.lr)
 
-        self._stage("teacher", ("teacher",), make, plan.languages)
+        files = {file for epoch in plan.epochs for file in epoch}
+        self._stage("teacher", ("teacher",), make, lambda row: row.file in files)
         judge.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         judge.model.eval()
         return judge
@@ -184,11 +185,11 @@ class Pipeline:
         name: str,
         sections: Sequence[str],
         make: Callable[[], None],
-        languages: Sequence[str] = (),
+        concerns: Callable[[Row], bool] = lambda row: True,
     ) -> None:
-        """Do a stage that depends on these sections of the recipe and the rows of `languages`."""
+        """Do a stage that depends on these sections of the recipe and the rows that concern it."""
         stamp = self.folder / f"{name}.stamp"
-        data = self._digest(languages)
+        data = self._digest(concerns)
         wanted = {"stage": name, "recipe": self.recipe.digest(*sections), "data": data}
         begun = self.folder / f"{name}.begun"
         for path in (stamp, begun):
@@ -206,11 +207,11 @@ class Pipeline:
     @cached_property
     def data_digest(self) -> str:
         """Hash of which rows there are, how they are labelled and split."""
-        return self._digest(())
+        return self._digest(lambda row: True)
 
-    def _digest(self, languages: Sequence[str]) -> str:
+    def _digest(self, concerns: Callable[[Row], bool]) -> str:
         digest = hashlib.sha256()
         for row in self.rows:
-            if not languages or row.language in languages:
+            if concerns(row):
                 digest.update(f"{row.id} {row.unsafe} {row.split} {row.turns}\n".encode())
         return digest.hexdigest()

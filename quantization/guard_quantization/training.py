@@ -90,52 +90,67 @@ def fit(
     warmup: int = 200,
     every: int = 500,
     clip: float = 1.0,
+    accumulate: int = 1,
     around: Callable[[float], AbstractContextManager[None]] = lambda share: nullcontext(),
-) -> None:
-    """One optimizer step per element of `work`; goes on from `checkpoint` when that exists.
+) -> list[tuple[int, float]]:
+    """One optimizer step per `accumulate` elements of `work`; goes on from `checkpoint` if it can.
 
     `around` gives the context in which loss and gradient are computed, for the share of steps done.
+    Returns the curve of the loss: (step, mean loss since the point before), about a hundred points.
 
-    `work` must be the same sequence on every call: the checkpoint remembers how many elements are
+    `work` must be the same sequence on every call: the checkpoint remembers how many steps are
     done. Ctrl-C leaves the last checkpoint behind.
     """
     base = [group["lr"] for group in optimizer.param_groups]
-    done = _resume(model, optimizer, checkpoint)
-    report = Report(what, len(work))
-    average = 0.0
+    steps = math.ceil(len(work) / accumulate)
+    done, curve, lately = _resume(model, optimizer, checkpoint)
+    report = Report(what, steps)
     model.train()
     try:
-        for step in range(done, len(work)):
-            factor = warmup_cosine(step, len(work), warmup)
+        for step in range(done, steps):
+            factor = warmup_cosine(step, steps, warmup)
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * factor
             torch.manual_seed(step)
             optimizer.zero_grad(set_to_none=True)
-            with around(step / len(work)):
-                loss = loss_of(work[step])
-                loss.backward()  # type: ignore[no-untyped-call]
+            parts = work[step * accumulate : (step + 1) * accumulate]
+            with around(step / steps):
+                lately.append(sum(_backward(loss_of(part) / len(parts)) for part in parts))
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            average += (loss.item() - average) / min(step - done + 1, 200)
-            report.at(step + 1, f"loss {average:.4f}")
-            if (step + 1) % every == 0 or step + 1 == len(work):
-                save(checkpoint, {"step": step + 1, **_state(model, optimizer)})
+            mean = sum(lately) / len(lately)
+            report.at(step + 1, f"loss {mean:.4f}")
+            last = step + 1 == steps
+            if (step + 1) % max(1, steps // 100) == 0 or last:
+                curve.append((step + 1, mean))
+                lately.clear()
+            if (step + 1) % every == 0 or last:
+                told = {"step": step + 1, "curve": curve, "lately": lately}
+                save(checkpoint, {**told, **_state(model, optimizer)})
     finally:
         report.close()
     model.eval()
+    return curve
+
+
+def _backward(loss: Tensor) -> float:
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item()
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
+def _resume(
+    model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path
+) -> tuple[int, list[tuple[int, float]], list[float]]:
     if not checkpoint.exists():
-        return 0
+        return 0, [], []
     state = torch.load(checkpoint, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return int(state["step"]), state.get("curve", []), state.get("lately", [])
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

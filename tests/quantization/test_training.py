@@ -35,28 +35,46 @@ class Interrupted(Exception):
     """What a test raises in place of Ctrl-C."""
 
 
-def train(checkpoint: Path, stop_at: int | None = None) -> Tensor:
+def train(
+    checkpoint: Path,
+    stop_at: int | None = None,
+    accumulate: int = 1,
+    rows: int = 3,
+    drop: float = 0.3,
+) -> tuple[Tensor, list[tuple[int, float]]]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(drop), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    work = [torch.randn(3, 4) for _ in range(20)]
+    work = list(torch.randn(60, 4, generator=torch.Generator().manual_seed(1)).split(rows))
 
     def loss_of(x: Tensor) -> Tensor:
         if stop_at is not None and x is work[stop_at]:
             raise Interrupted
         return model(x).square().mean()  # type: ignore[no-any-return]
 
-    fit(model, optimizer, work, loss_of, what="test", checkpoint=checkpoint, warmup=2, every=5)
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    curve = fit(
+        model, optimizer, work, loss_of, what="test", checkpoint=checkpoint, warmup=2, every=5,
+        accumulate=accumulate,
+    )  # fmt: skip
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), curve
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole.pt")
+    whole, curve = train(tmp_path / "whole.pt")
     with pytest.raises(Interrupted):
         train(tmp_path / "broken.pt", stop_at=13)
-    assert torch.equal(train(tmp_path / "broken.pt"), whole)
+    again, same = train(tmp_path / "broken.pt")
+    assert torch.equal(again, whole)
+    assert curve == same and len(curve) == 20 and curve[-1][0] == 20
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    first = train(tmp_path / "done.pt")
-    assert torch.equal(train(tmp_path / "done.pt", stop_at=0), first)
+    first, _ = train(tmp_path / "done.pt")
+    assert torch.equal(train(tmp_path / "done.pt", stop_at=0)[0], first)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path / "whole.pt", rows=6, drop=0.0)
+    parts, curve = train(tmp_path / "parts.pt", rows=3, accumulate=2, drop=0.0)
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert curve[-1][0] == 10

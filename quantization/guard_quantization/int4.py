@@ -1,4 +1,4 @@
-"""Block-wise integer weights: the arithmetic of 4-bit and 8-bit quantization, as pure functions.
+"""Block-wise integer weights, int8 activations: the arithmetic of quantization, as pure functions.
 
 A row of a weight matrix is cut into blocks of `block` input channels. A block holds integers q in
 [0, 2^bits) and one scale; the weight it stands for is (q - 2^(bits-1)) * scale. This is the layout
@@ -7,7 +7,8 @@ of onnxruntime's MatMulNBits operator without zero points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ Bytes = NDArray[np.uint8]
 _SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
 CHANNEL_MOST = 63  # of a code by output channel: sums of two products with bytes fit in 16 bits
 _SMALLEST_SCALE = np.float32(6.2e-5)  # above float16's subnormals, where its precision fades
+_LARGEST_WEIGHT = 7 * 65504.0  # a float16 scale times the largest code
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,52 @@ class Blocks:
         packed: Bytes = self.codes[..., 0::2] | (self.codes[..., 1::2] * np.uint8(16))
         return packed
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that the codes stand for."""
+        return len(self.codes), self.columns
+
+    @property
+    def size(self) -> int:
+        """How many weights the codes stand for, padding not counted."""
+        return len(self.codes) * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales as stored."""
+        return self.codes.size * self.bits // 8 + self.scales.nbytes
+
+    def take(self, rows: NDArray[np.integer]) -> Blocks:
+        """These rows, in this order."""
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows])
+
+
+def unpack(packed: Bytes, scales: NDArray[np.float16], bits: int, columns: int) -> Blocks:
+    """The inverse of `Blocks.packed`. Raises ValueError for arrays that are not of that layout."""
+    if bits not in (4, 8) or packed.dtype != np.uint8 or scales.dtype != np.float16:
+        raise ValueError("codes must be uint8 of 4 or 8 bits, scales float16")
+    if packed.ndim != 3 or packed.shape[:2] != scales.shape:
+        raise ValueError(f"codes {packed.shape} and scales {scales.shape} do not fit")
+    block = packed.shape[2] * 8 // bits
+    if not scales.shape[1] * block - block < columns <= scales.shape[1] * block:
+        raise ValueError(f"{scales.shape[1]} blocks of {block} do not make {columns} columns")
+    if not np.isfinite(scales).all():
+        raise ValueError("scales are not finite")
+    if bits == 8:
+        return Blocks(packed, scales, bits, columns)
+    codes = np.empty((*packed.shape[:2], block), np.uint8)
+    np.bitwise_and(packed, 15, out=codes[..., 0::2])
+    np.right_shift(packed, 4, out=codes[..., 1::2])
+    return Blocks(codes, scales, bits, columns)
+
+
+def stack(parts: Sequence[Blocks]) -> Blocks:
+    """The rows of all parts, one below the other. Raises ValueError when their layouts differ."""
+    if len({(part.bits, part.columns, part.codes.shape[1:]) for part in parts}) != 1:
+        raise ValueError("only matrices of one layout can be stacked")
+    codes = np.concatenate([part.codes for part in parts])
+    return replace(parts[0], codes=codes, scales=np.concatenate([part.scales for part in parts]))
+
 
 def quantize_blocks(
     weight: Floats, bits: int, block: int, importance: Floats | None = None
@@ -53,12 +101,14 @@ def quantize_blocks(
     codes it gives; the best of all wins, so the error is never above plain round-to-nearest.
     `importance` [columns] weighs the error of an input channel (the mean square of its activation,
     as in GPTQ's diagonal, Frantar et al., 2022). Scales are rounded to float16 before codes are
-    chosen. Raises ValueError for weights that are not finite.
+    chosen. Raises ValueError for weights that are not finite or beyond what a scale can hold.
     """
     if bits not in (4, 8) or block % 16:
         raise ValueError(f"cannot quantize to {bits} bits in blocks of {block}")
     if not np.isfinite(weight).all():
         raise ValueError("weights are not finite")
+    if weight.size and max(weight.max(), -weight.min()) > _LARGEST_WEIGHT:
+        raise ValueError(f"weights beyond {_LARGEST_WEIGHT:g} need scales that float16 lacks")
     rows, columns = weight.shape
     count = -(-columns // block)
     padding = ((0, 0), (0, count * block - columns))
@@ -83,6 +133,16 @@ def quantize_channels(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     scale = np.maximum(np.abs(weight).max(1), 1e-9) / CHANNEL_MOST
     codes = np.rint(weight / scale[:, None]).astype(np.int8)
     return np.ascontiguousarray(codes.T), scale.astype(np.float32)
+
+
+def fake_quantize_rows(x: Floats) -> Floats:
+    """What is left of activations [..., K] after int8 with one scale per row.
+
+    As the "rows" kernel of `layers` computes it: scale max|x| / 127, zero point 128, halves to even.
+    """
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True) * np.float32(1 / 127), np.float32(1e-9))
+    codes = np.clip(np.rint(x / scale) + 128, 0, 255)
+    return ((codes - 128) * scale).astype(np.float32, copy=False)
 
 
 def _search(values: Floats, bits: int, shares: Floats) -> tuple[Bytes, NDArray[np.float16]]:

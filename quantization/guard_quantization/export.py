@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper
 
 from guard_quantization.graph import DATA_FILE, Graph
+from guard_quantization.int4 import Blocks
 from guard_quantization.layers import Precision, embedding, linear
 
 __all__ = ["MODEL_FILE", "ExportError", "Precision", "Shape", "Weights", "export_graph"]
@@ -43,9 +44,9 @@ class ExportError(ValueError):
 
 
 class Weights(Protocol):
-    """Tensors by their Hugging Face names, read one at a time."""
+    """Tensors by their Hugging Face names, read one at a time; matrices may be quantized."""
 
-    def __getitem__(self, name: str, /) -> Floats: ...
+    def __getitem__(self, name: str, /) -> Floats | Blocks: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ class _Decoder:
         g, s = self.g, self.shape
         self._geometry()
         name = "model.embed_tokens.weight"
-        table = self._take(name, s.vocab, s.hidden)
+        table = self._matrix(name, s.vocab, s.hidden)
         x = embedding(g, "ids", name, table, self.precision)
         del table  # the largest of all
         outputs = []
@@ -180,16 +181,25 @@ class _Decoder:
         logits = _value("logits", ["B", "R", len(rows)])
         return helper.make_graph(g.nodes, "guard", inputs, [logits, *outputs], g.initializers)
 
-    def _take(self, name: str, *shape: int) -> Floats:
+    def _matrix(self, name: str, *shape: int) -> Floats | Blocks:
         weight = self.weights[name]
-        if weight.shape != shape:
-            raise ExportError(f"{name} is {weight.shape}, config.json makes it {shape}")
-        self.parameters += weight.size
+        found = (len(weight.codes), weight.columns) if isinstance(weight, Blocks) else weight.shape
+        if found != shape:
+            raise ExportError(f"{name} is {found}, config.json makes it {shape}")
+        self.parameters += math.prod(shape)
+        return weight
+
+    def _take(self, name: str, *shape: int) -> Floats:
+        weight = self._matrix(name, *shape)
+        if isinstance(weight, Blocks):
+            raise ExportError(f"{name} is quantized; it must be stored in float")
         return weight
 
     def _head_rows(self, head: Sequence[int] | None) -> Floats:
         name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
         matrix = self.weights[name]
+        if isinstance(matrix, Blocks):  # a tied table: the few rows that are read are float again
+            matrix = matrix.dequantize()
         if matrix.ndim != 2 or matrix.shape[1] != self.shape.hidden:
             raise ExportError(f"{name} is {matrix.shape}, config.json wants {self.shape.hidden}")
         if head is None:
@@ -241,9 +251,8 @@ class _Decoder:
 
     def _linear(self, x: str, name: str, *parts: str, scale: float = 1.0) -> str:
         """x times the transposes of the named weights, side by side; `scale` is for the first."""
-        matrices = [self._take(f"{part}.weight", *self._sizes(part)) for part in parts]
-        matrices[0] = matrices[0] * np.float32(scale)
-        return linear(self.g, x, name, np.concatenate(matrices), self.precision)
+        matrices = [self._matrix(f"{part}.weight", *self._sizes(part)) for part in parts]
+        return linear(self.g, x, name, _stacked(matrices, scale), self.precision)
 
     def _sizes(self, part: str) -> tuple[int, int]:
         s = self.shape
@@ -320,6 +329,20 @@ class _Decoder:
         mixed = g.op("Reshape", mixed, g.ints(0, 0, s.heads // s.kv_heads, -1, s.head_dim))
         mixed = g.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
         return g.op("Reshape", mixed, g.ints(0, 0, -1))
+
+
+def _stacked(matrices: Sequence[Floats | Blocks], scale: float) -> Floats | Blocks:
+    """Matrices one above the other; `scale` multiplies the first."""
+    blocks = [matrix for matrix in matrices if isinstance(matrix, Blocks)]
+    if not blocks:
+        floats = [matrix for matrix in matrices if not isinstance(matrix, Blocks)]
+        return np.concatenate([floats[0] * np.float32(scale), *floats[1:]])
+    if len(blocks) < len(matrices) or len({(b.bits, b.codes.shape[1:]) for b in blocks}) > 1:
+        raise ExportError("matrices that read the same input must be quantized alike")
+    scales = [(blocks[0].scales * np.float32(scale)).astype(np.float16)]
+    scales += [one.scales for one in blocks[1:]]
+    codes = np.concatenate([one.codes for one in blocks])
+    return Blocks(codes, np.concatenate(scales), blocks[0].bits, blocks[0].columns)
 
 
 def _value(name: str, dims: list[int | str], kind: int = TensorProto.FLOAT) -> Any:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from guard_quantization.graph import Graph
-from guard_quantization.int4 import CHANNEL_MOST, quantize_blocks, quantize_channels
+from guard_quantization.int4 import CHANNEL_MOST, Blocks, quantize_blocks, quantize_channels
 
 Floats = NDArray[np.float32]
 
@@ -38,16 +38,14 @@ class Precision:
             raise ValueError("block must be 16 to 256, a power of two; kernel blocks or rows")
 
 
-def embedding(g: Graph, ids: str, name: str, table: Floats, precision: Precision) -> str:
+def embedding(g: Graph, ids: str, name: str, table: Floats | Blocks, precision: Precision) -> str:
     """Rows [B, L, hidden] of a table [vocab, hidden], dequantized after they are gathered."""
-    bits, hidden = precision.embedding_bits, table.shape[1]
+    bits = precision.embedding_bits
     if bits == 32:
-        return g.op("Gather", g.constant(name, table), ids)
-    block = precision.block if bits == 4 else hidden
-    if hidden % block:
-        raise ValueError(f"the width {hidden} is not a multiple of the block {block}")
-    blocks = quantize_blocks(table, bits, block)
-    codes = blocks.codes.reshape(len(table), hidden)
+        return g.op("Gather", g.constant(name, _floats(table)), ids)
+    blocks = _embedded(table, precision)
+    hidden, block = blocks.columns, blocks.codes.shape[-1]
+    codes = blocks.codes.reshape(len(blocks.codes), hidden)
     if bits == 4:  # the first half of a row in the low nibbles: nothing to interleave
         codes = codes[:, : hidden // 2] | (codes[:, hidden // 2 :] * np.uint8(16))
     rows = g.op("Gather", g.constant(f"{name}.codes", codes), ids)
@@ -63,29 +61,62 @@ def embedding(g: Graph, ids: str, name: str, table: Floats, precision: Precision
     return g.op("Reshape", scaled, g.ints(0, 0, -1))
 
 
-def linear(g: Graph, x: str, name: str, weight: Floats, precision: Precision) -> str:
-    """x [B, L, K] times the transpose of weight [N, K]."""
+def _embedded(table: Floats | Blocks, precision: Precision) -> Blocks:
+    """Blocks of the table; of 8 bits, one for each row."""
+    bits = precision.embedding_bits
+    hidden = table.columns if isinstance(table, Blocks) else table.shape[1]
+    block = precision.block if bits == 4 else hidden
+    if isinstance(table, Blocks):
+        return _checked(table, bits, block)
+    if hidden % block:
+        raise ValueError(f"the width {hidden} is not a multiple of the block {block}")
+    return quantize_blocks(table, bits, block)
+
+
+def _checked(blocks: Blocks, bits: int, block: int) -> Blocks:
+    found = blocks.codes.shape[-1]
+    if (blocks.bits, found) != (bits, block):
+        raise ValueError(
+            f"the checkpoint has {blocks.bits} bits in blocks of {found}, the export asks for "
+            f"{bits} in blocks of {block}: make them the same"
+        )
+    return blocks
+
+
+def _floats(weight: Floats | Blocks) -> Floats:
+    return weight.dequantize() if isinstance(weight, Blocks) else weight
+
+
+def linear(g: Graph, x: str, name: str, weight: Floats | Blocks, precision: Precision) -> str:
+    """x [B, L, K] times the transpose of weight [N, K].
+
+    A weight that is quantized already keeps its codes. Raises ValueError when they are not of this
+    precision.
+    """
     p = precision
     if p.bits == 32:
-        return g.op("MatMul", x, g.constant(name, weight.T))
+        return g.op("MatMul", x, g.constant(name, _floats(weight).T))
     if p.kernel == "rows" and p.bits == 8:
-        channels, scale = quantize_channels(weight)
+        channels, scale = quantize_channels(_floats(weight))
         names = g.constant(f"{name}.codes", channels), g.constant(f"{name}.scales", scale)
         return _by_rows(g, x, *names)
-    blocks = quantize_blocks(weight, p.bits, p.block)
+    if isinstance(weight, Blocks):
+        blocks = _checked(weight, p.bits, p.block)
+    else:
+        blocks = quantize_blocks(weight, p.bits, p.block)
     # float16 on disk, float32 in use; onnxruntime folds what is constant when it loads.
     scales = g.op("Cast", g.constant(f"{name}.scales", blocks.scales), to=TensorProto.FLOAT)
     codes = g.constant(f"{name}.codes", blocks.packed())
     if p.kernel == "rows":
-        return _by_rows(g, x, *_expanded(g, codes, scales, p.block, weight.shape[1]))
+        return _by_rows(g, x, *_expanded(g, codes, scales, p.block, blocks.columns))
     return g.op(
         "MatMulNBits",
         x,
         codes,
         scales,
         domain="com.microsoft",
-        K=weight.shape[1],
-        N=weight.shape[0],
+        K=blocks.columns,
+        N=len(blocks.codes),
         bits=p.bits,
         block_size=p.block,
         accuracy_level=p.accuracy_level,

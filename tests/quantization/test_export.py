@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from guard_quantization.export import ExportError, Precision, Weights, export_graph
+from guard_quantization.int4 import Blocks, quantize_blocks
 from guard_quantization.llama import GuardLlama, LlamaShape
 
 Arrays = dict[str, NDArray[Any]]
@@ -135,6 +136,54 @@ def test_quantized_logits_stay_near_torch(
         wanted = model(*map(torch.from_numpy, batch)).numpy()
     error = runner.logits(rows, read, runner.snapshot(prefix)) - wanted
     assert np.sqrt((error**2).mean()) / wanted.std() < most
+
+
+def quantized(state: Arrays, bits: int, block: int) -> dict[str, NDArray[Any] | Blocks]:
+    """Matrices of the layers and the embedding as blocks, the rest as it is."""
+    return {
+        name: quantize_blocks(array, bits, block)
+        if array.ndim == 2 and name != "lm_head.weight"
+        else array
+        for name, array in state.items()
+    }
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "rows"])
+def test_codes_of_a_quantized_checkpoint_are_exported_as_they_are(
+    tmp_path: Path, batch: tuple[NDArray[np.int64], ...], kernel: str
+) -> None:
+    _, rows, read = batch
+    precision = Precision(4, 32, 4, kernel=kernel)
+    state = state_of(lively(GuardLlama(SHAPE, 11)))
+    for folder in ("floats", "codes"):
+        (tmp_path / folder).mkdir()
+    floats = Runner(tmp_path / "floats", SHAPE.config(), state, precision)
+    codes = Runner(tmp_path / "codes", SHAPE.config(), quantized(state, 4, 32), precision)
+    np.testing.assert_allclose(codes.logits(rows, read), floats.logits(rows, read), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [
+        (Precision(4, 64, 4), "4 bits in blocks of 32, the export asks for 4 in blocks of 64"),
+        (Precision(8, 32, 4), "4 bits in blocks of 32, the export asks for 8"),
+        (Precision(4, 32, 8), "the export asks for 8 in blocks of 64"),
+    ],
+)
+def test_codes_of_another_precision_are_refused(
+    tmp_path: Path, precision: Precision, said: str
+) -> None:
+    weights = quantized(state_of(GuardLlama(SHAPE, 11)), 4, 32)
+    with pytest.raises(ValueError, match=said):
+        export_graph(tmp_path, SHAPE.config(), weights, None, precision)
+
+
+def test_matrices_quantized_unlike_are_refused(tmp_path: Path) -> None:
+    state = state_of(GuardLlama(SHAPE, 11))
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weights = {**quantized(state, 4, 32), name: state[name]}
+    with pytest.raises(ExportError, match="quantized alike"):
+        export_graph(tmp_path, SHAPE.config(), weights, None, Precision(4, 32, 4))
 
 
 def test_what_is_not_a_plain_llama_is_refused(tmp_path: Path) -> None:

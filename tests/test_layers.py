@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "guard_service.cli": ("guard_api", "guard_policies", "guard_service", "guard_middleware"),
     "guard_middleware": ("guard_api", "guard_policies"),
     # The student is distilled with the very prompts that serve it, and exported into the artifact
-    # that is served; of the server itself the pipeline knows nothing.
+    # that is served; figures and limits are those that guardctl has for a running guard. Of the
+    # server itself the pipeline knows nothing.
     "guard_quantization": (
         "guard_policies",
         "guard_service.prompt",
@@ -39,9 +40,10 @@ MAY_IMPORT = {
         "guard_service.artifact",
         "guard_service.manifest",
         "guard_service.engines",
+        "guard_service.evaluation",
     ),
 }
-HEAVY = ("torch", "transformers", "sklearn", "onnx", "optimum")
+HEAVY = ("torch", "transformers", "sklearn", "onnx", "optimum", "matplotlib")
 FORBIDDEN_IN_SERVER = "guard_service.cli"
 
 

@@ -9,6 +9,7 @@ import typer
 from guard_service.cli.bench import bench
 from guard_service.cli.bulk import bulk
 from guard_service.cli.check import check
+from guard_service.cli.eval import evaluate
 from guard_service.cli.info import info
 from guard_service.cli.policies import policies
 from guard_service.cli.policy import policy
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(bulk)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(info)
 app.command()(policies)
 app.add_typer(policy, name="policy")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from guard_service.engines import Assessed, Engine, EngineFailed
+from guard_service.engines import Assessed, Engine, EngineFailed, Session
 from guard_service.errors import (
     GuardServiceError,
     NotAssessed,
@@ -53,12 +53,14 @@ class _Job:
     prompt: Prompt
     tokens: int
     queued_at: float
+    session: Session | None
     future: asyncio.Future[tuple[Assessed, float, float]] = field(repr=False)
 
 
-def tokens_of(prompt: Prompt) -> int:
+def tokens_of(prompt: Prompt, session: Session | None = None) -> int:
     """What a prompt costs the engine. The prefix is shared and counts for nothing."""
-    return len(prompt.body) + len(prompt.closing) + VERDICT_TOKENS
+    held = session.held(prompt) if session is not None else 0
+    return len(prompt.body) - held + len(prompt.closing) + VERDICT_TOKENS
 
 
 class Batcher:
@@ -115,13 +117,15 @@ class Batcher:
         """Whether the worker answers."""
         return self._healthy
 
-    async def assess(self, prompts: Sequence[Prompt], patience_s: float) -> Ran:
-        """Results of all prompts, in order.
+    async def assess(
+        self, prompts: Sequence[Prompt], patience_s: float, session: Session | None = None
+    ) -> Ran:
+        """Results of all prompts, in order. Those of a session run one by one, in order.
 
         Raises Overloaded at once when the queue has no room for all of them, or would not reach
         them within `patience_s`. Cancelling takes what still waits out of the queue.
         """
-        jobs = self._admitted(prompts, patience_s)
+        jobs = self._admitted(prompts, patience_s, session)
         try:
             done = [await job.future for job in jobs]
         finally:
@@ -148,9 +152,14 @@ class Batcher:
         for job in self._running:
             _fail(job, ShuttingDown())
 
-    def _admitted(self, prompts: Sequence[Prompt], patience_s: float) -> list[_Job]:
+    def _admitted(
+        self, prompts: Sequence[Prompt], patience_s: float, session: Session | None
+    ) -> list[_Job]:
         loop, now = asyncio.get_running_loop(), self._clock()
-        jobs = [_Job(prompt, tokens_of(prompt), now, loop.create_future()) for prompt in prompts]
+        jobs = [
+            _Job(prompt, tokens_of(prompt, session), now, session, loop.create_future())
+            for prompt in prompts
+        ]
         tokens = sum(job.tokens for job in jobs)
         with self._changed:
             self._check_room(len(jobs), tokens, patience_s)
@@ -224,7 +233,7 @@ class Batcher:
 
     def _run(self, batch: list[_Job]) -> None:
         began = self._clock()
-        outcomes = self._outcomes([job.prompt for job in batch])
+        outcomes = self._outcomes([job.prompt for job in batch], batch[0].session or self._engine)
         seconds = self._clock() - began
         self._run_began = None
         rate = sum(job.tokens for job in batch) / max(seconds, 1e-6)
@@ -233,17 +242,19 @@ class Batcher:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_deliver, batch, outcomes, began, seconds)
 
-    def _outcomes(self, prompts: list[Prompt]) -> list[Assessed | GuardServiceError]:
+    def _outcomes(
+        self, prompts: list[Prompt], judge: Engine | Session
+    ) -> list[Assessed | GuardServiceError]:
         """Run the batch; when it fails, its prompts one by one, so that only the culprit fails."""
         try:
-            results = self._engine.assess(prompts)
+            results = judge.assess(prompts)
             if len(results) != len(prompts):
                 raise EngineFailed("the engine lost results")
             return list(results)
         except Exception as error:
             LOG.error("engine run failed: %s", type(error).__name__, exc_info=error)
             if len(prompts) > 1:
-                return [self._outcomes([prompt])[0] for prompt in prompts]
+                return [self._outcomes([prompt], judge)[0] for prompt in prompts]
             known = isinstance(error, EngineFailed)  # its text is safe to show
             return [NotAssessed(str(error) if known else "the engine failed on this request")]
 
@@ -273,11 +284,14 @@ class Batcher:
 def chosen(queue: Sequence[_Job], limits: Limits) -> list[_Job]:
     """The next batch: the oldest prompt, then those most like it, while the padded batch fits.
 
-    The oldest is always in, so that none starves; prompts that share its prefix come first.
+    The oldest is always in, so that none starves; prompts that share its prefix come first. What
+    belongs to a session shares no state with others, so it runs alone.
     """
     head = queue[0]
+    if head.session is not None:
+        return [head]
     others = sorted(
-        queue[1:CANDIDATES],
+        (job for job in queue[1:CANDIDATES] if job.session is None),
         key=lambda job: (
             job.prompt.prefix is not head.prompt.prefix and job.prompt.prefix != head.prompt.prefix,
             abs(job.tokens - head.tokens),

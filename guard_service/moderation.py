@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from guard_service.errors import (
     UnknownPolicy,
 )
 from guard_service.errors import Unscannable as UnscannableError
+from guard_service.growing import Growing
 from guard_service.metrics import Metrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
 
@@ -83,6 +84,7 @@ class Moderator:
         self.policies = dict(policies)
         self.default_policy = default_policy
         self._builder = engine.prompt_builder()
+        self._session = engine.session
         self._batcher = batcher
         self._bounds = bounds
         self._cache: LruCache[tuple[Assessed, ...]] = LruCache(cache_entries)
@@ -105,6 +107,10 @@ class Moderator:
             raise _for_policy(PolicyNotSupported(problem), policy, None)
         return policy
 
+    def growing(self) -> Growing:
+        """For a conversation that is judged again and again while it grows; to be closed."""
+        return Growing(self._batcher, self._session())
+
     async def judge(
         self,
         conversation: Conversation,
@@ -112,12 +118,19 @@ class Moderator:
         language: str,
         timeout_s: float,
         no_cache: bool = False,
+        growing: Growing | None = None,
     ) -> Judgement:
-        """Judge the last turn. Raises GuardServiceError when there is no verdict."""
+        """Judge the last turn. Raises GuardServiceError when there is no verdict.
+
+        `growing` holds what earlier calls for the same growing conversation computed. It changes
+        what a verdict costs, not what it says.
+        """
         direction = _direction(conversation)
         try:
             async with asyncio.timeout(timeout_s):
-                judgement = await self._judge(conversation, policy, language, timeout_s, no_cache)
+                judgement = await self._judge(
+                    conversation, policy, language, timeout_s, no_cache, growing
+                )
         except TimeoutError:
             error: GuardServiceError = DeadlineExceeded(
                 "the deadline passed before there was a verdict"
@@ -147,6 +160,7 @@ class Moderator:
         language: str,
         timeout_s: float,
         no_cache: bool,
+        growing: Growing | None,
     ) -> Judgement:
         arrived = time.perf_counter()
         if language and not LANGUAGE_TAG.fullmatch(language):
@@ -157,7 +171,9 @@ class Moderator:
         if unscannable and policy.on_unscannable(built.direction) is Unscannable.ERROR:
             raise UnscannableError(_cannot_judge(built, self.card))
         patience_s = timeout_s - (assembled - arrived)
-        ran, from_cache = await self._assessed(built, policy, language, patience_s, no_cache)
+        ran, from_cache = await self._assessed(
+            built, policy, language, patience_s, no_cache, growing
+        )
         try:
             decisions = [
                 decide(policy, result.assessment, built.direction, language, unscannable)
@@ -217,17 +233,19 @@ class Moderator:
         language: str,
         patience_s: float,
         no_cache: bool,
+        growing: Growing | None,
     ) -> tuple[Ran, bool]:
         """What the engine finds, and whether another request had asked for it."""
+        judge = growing or self._batcher
         if no_cache or not self._caches:
-            return await self._batcher.assess(built.prompts, patience_s), False
+            return await judge.assess(built.prompts, patience_s), False
         key = key_of(self.card.digest, policy.digest, built.direction, language, built.prompts)
         if (results := self._cache.get(key)) is not None:
             self._metrics.cache_hits.labels("hit").inc()
             return Ran(results, 0.0, 0.0), True
 
         async def compute() -> Ran:
-            ran = await self._batcher.assess(built.prompts, patience_s)
+            ran = await judge.assess(built.prompts, patience_s)
             self._cache.put(key, ran.results)
             return ran
 
@@ -314,9 +332,3 @@ def _texts(conversation: Conversation) -> Iterator[str]:
                     pass
                 case _:
                     yield part.text
-
-
-def with_reply(conversation: Conversation, pieces: Sequence[str]) -> Conversation:
-    """The conversation with the wrapped model's reply so far as its last turn."""
-    reply = Message(Role.ASSISTANT, (Text("".join(pieces)),))
-    return Conversation((*conversation.messages, reply))

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from guard_api.v1 import guard_pb2
+from guard_service.conversation import Conversation, Message, Role, Text
 from guard_service.errors import (
     ConversationTooLong,
     DeadlineExceeded,
     GuardServiceError,
     InvalidStream,
 )
-from guard_service.moderation import Judgement, Moderator, with_reply
+from guard_service.moderation import Judgement, Moderator
 from guard_service.wire import Sizes, conversation_of
 
 PIECES_AHEAD = 64  # pieces read while a verdict is being made; then the caller has to wait
@@ -53,6 +54,7 @@ async def judged(
     conversation = conversation_of(start.conversation, bounds.sizes)
     queue: asyncio.Queue[guard_pb2.StreamPiece | GuardServiceError] = asyncio.Queue(PIECES_AHEAD)
     reader = asyncio.create_task(_read(steps, queue))
+    growing = moderator.growing()
     reply: list[str] = []
     chars = covered = 0
     try:
@@ -64,11 +66,12 @@ async def judged(
                 raise ConversationTooLong(f"the reply is over {bounds.reply_chars} characters")
             if last.check or last.end or chars - covered >= policy.stream.check_every_chars:
                 judgement = await moderator.judge(
-                    with_reply(conversation, reply),
+                    with_reply(conversation, reply[0]),
                     policy,
                     start.language,
                     timeout_s(),
                     no_cache=not last.end,  # a reply half-way is not asked for again
+                    growing=growing,
                 )
                 covered = chars
                 yield Covered(judgement, covered, last.end)
@@ -76,6 +79,12 @@ async def judged(
                 return
     finally:
         reader.cancel()
+        growing.close()
+
+
+def with_reply(conversation: Conversation, reply: str) -> Conversation:
+    """The conversation with the wrapped model's reply so far as its last turn."""
+    return Conversation((*conversation.messages, Message(Role.ASSISTANT, (Text(reply),))))
 
 
 async def _started(steps: Steps, idle_s: float) -> guard_pb2.StreamStart:

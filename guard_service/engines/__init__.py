@@ -44,6 +44,28 @@ class Assessed:
     cached_tokens: int
 
 
+class Session(Protocol):
+    """What an engine holds of one growing conversation, so that it computes only what is new.
+
+    What is held may be dropped at any time to make room; it is then computed anew.
+    """
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        """What the engine's `assess` gives, up to float noise; runs where that one runs."""
+        ...
+
+    def held(self, prompt: Prompt) -> int:
+        """How many tokens of the prompt's body need not be computed, as things stand; any thread.
+
+        Engines look for them from the body's start, so the prompt may have changed anywhere.
+        """
+        ...
+
+    def close(self) -> None:
+        """Hold nothing from now on; any thread, even while `assess` runs."""
+        ...
+
+
 class Engine(Protocol):
     """A loaded model. `assess` runs in a worker thread and is never entered twice at once."""
 
@@ -56,6 +78,10 @@ class Engine(Protocol):
     def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
         """One result per prompt, in order. Raises EngineFailed for the whole batch."""
         ...
+
+    def session(self) -> Session | None:
+        """For a conversation that grows; None when the engine judges each step of it whole."""
+        return None
 
     def self_test(self) -> None:
         """Score the artifact's golden prompts; raises EngineFailed when they differ."""

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from guard_policies.assessment import Assessment
 from guard_policies.taxonomy import LLAMA_GUARD_3
-from guard_service.engines import Assessed, ModelCard
+from guard_service.engines import Assessed, Engine, ModelCard
 from guard_service.prompt import Prompt, PromptBuilder
 
 TEMPLATE = "compact"
@@ -38,7 +38,7 @@ def fake_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Scores 0.95 for the category of the last word of WORDS it finds, 0.02 without one.
 
     `batches` records the texts of every run, for tests. `before_run` is called in the worker

@@ -15,26 +15,29 @@ from guard_policies.assessment import Assessment
 from guard_policies.taxonomy import BY_CODE, Category
 from guard_service.artifact import Artifact, load
 from guard_service.conversation import Conversation
-from guard_service.engines import Assessed, EngineFailed, ModelCard
+from guard_service.engines import Assessed, Engine, EngineFailed, ModelCard, Session
 from guard_service.engines.graph_files import UnreadableGraph, graph_files
+from guard_service.engines.sessions import SnapshotSession
 from guard_service.engines.snapshots import Past, Snapshot, Snapshots
 from guard_service.manifest import Golden, Manifest
 from guard_service.prompt import Prompt, PromptBuilder
 from guard_service.tokenizer import load_tokenizer
 
 _SNAPSHOT_BYTES = 256 * 2**20
+_SESSION_BYTES = 512 * 2**20  # of all sessions: at the size of a 1B guard, 10,000 tokens
 _BATCH_TOKENS = 2048  # of one run, padding included: bounds memory
 _PADDING_SHARE = 0.2  # of a run's tokens, at most
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """A small Llama guard.
 
     Behind a prompt's closing go, unasked, the tokens `unsafe`, newline and `S`. The logits before
     `unsafe` give P(unsafe) over {safe, unsafe}, calibrated; those behind `S` give the distribution
     over the codes that the prompt lists. A prompt's scores do not depend on the others of a batch.
 
-    Keys and values of a prefix are computed once and kept (`prefix_cache`).
+    Keys and values of a prefix are computed once and kept (`prefix_cache`), and those of a growing
+    conversation in its session, all sessions together within `session_bytes`.
     """
 
     def __init__(
@@ -43,14 +46,15 @@ class OnnxEngine:
         threads: int = 1,
         prefix_cache: bool = True,
         snapshot_bytes: int = _SNAPSHOT_BYTES,
+        session_bytes: int = _SESSION_BYTES,
     ) -> None:
         """Raises EngineFailed when the graph cannot be loaded or does not fit the manifest."""
         manifest = artifact.manifest
         self.card = _card(artifact)
         self._manifest = manifest
         self._builder = _builder(artifact)
-        self._session = _session(artifact, threads)
-        _check_graph(self._session, manifest)
+        self._graph = _graph(artifact, threads)
+        _check_graph(self._graph, manifest)
         self._column = {token: at for at, token in enumerate(manifest.verdict.head)}
         self._speculated = (
             manifest.verdict.unsafe,
@@ -58,7 +62,9 @@ class OnnxEngine:
             manifest.verdict.mark,
         )
         self._snapshots = Snapshots(snapshot_bytes) if prefix_cache else None
+        self._sessions = Snapshots(session_bytes)
         self._no_past = _no_past(manifest)
+        self._present = [name.replace("past", "present") for name in self._no_past]
 
     @classmethod
     def open(cls, folder: Path, threads: int = 1, prefix_cache: bool = True) -> OnnxEngine:
@@ -81,13 +87,22 @@ class OnnxEngine:
             snapshot, computed = self._snapshot(prefix)
             rows = {at: self._row(prompts[at], len(prefix)) for at in members}
             for batch in _batches(rows):
-                logits = self._run([rows[at] for at in batch], snapshot.past)
+                logits, _ = self._run([rows[at] for at in batch], snapshot.past)
                 for at, pair in zip(batch, logits, strict=True):
                     assessment = self._assessment(prompts[at], pair)
-                    cached = snapshot.tokens - computed
+                    cached = len(snapshot.ids) - computed
                     results[at] = Assessed(assessment, len(rows[at]) + computed, cached)
                     computed = 0  # the first prompt pays for a new snapshot
         return [results[at] for at in range(len(prompts))]
+
+    def session(self) -> Session:
+        """A session; it keeps what it may of `session_bytes`."""
+        return SnapshotSession(self._sessions, self._grow)
+
+    @property
+    def session_bytes(self) -> int:
+        """What sessions hold now."""
+        return self._sessions.size
 
     def score(self, turns: Sequence[tuple[str, str]]) -> Golden:
         """Score a conversation by the model's own categories, as a golden prompt records it.
@@ -122,7 +137,8 @@ class OnnxEngine:
         """Free the model's memory; the engine is not used afterwards."""
         if self._snapshots is not None:
             self._snapshots.clear()
-        del self._session
+        self._sessions.clear()
+        del self._graph
 
     def _categories(self) -> list[Category]:
         return [BY_CODE[code] for code in self._manifest.categories]
@@ -147,33 +163,52 @@ class OnnxEngine:
     def _snapshot(self, prefix: tuple[int, ...]) -> tuple[Snapshot, int]:
         """The state behind a prefix, and how many tokens had to be computed for it."""
         if self._snapshots is None or not prefix:
-            return Snapshot(0, self._no_past), 0
+            return Snapshot((), self._no_past), 0
         known = self._snapshots.get(prefix)
         if known is not None:
             return known, 0
-        names = [name.replace("past", "present") for name in self._no_past]
         feeds = {"ids": np.array([prefix], np.int64), "read": np.zeros((1, 1), np.int64)}
-        present = self._call(names, {**feeds, **self._no_past})
-        snapshot = Snapshot(len(prefix), dict(zip(self._no_past, present, strict=True)))
+        present = self._call(self._present, {**feeds, **self._no_past})
+        snapshot = Snapshot(prefix, dict(zip(self._no_past, present, strict=True)))
         self._snapshots.put(prefix, snapshot)
         return snapshot, len(prefix)
 
-    def _run(self, rows: Sequence[Sequence[int]], past: Past) -> NDArray[np.float32]:
-        """Logits [rows, 2, head]: at the last token of the closing, and at `S`."""
+    def _grow(self, prompt: Prompt, held: Snapshot | None) -> tuple[Assessed, Snapshot]:
+        """Score a prompt whose first tokens `held` may hold, and the state behind its body."""
+        self._check(prompt)
+        ids, computed = prompt.prefix + prompt.body, 0
+        kept = held.shared(ids) if held is not None else 0
+        if held is None or kept < len(prompt.prefix):
+            held, computed = self._snapshot(prompt.prefix)
+            kept = len(held.ids)
+        past = held.first(kept)
+        row = [*ids[kept:], *prompt.closing, *self._speculated]
+        logits, present = self._run([row], past, keep=True)
+        assessed = Assessed(
+            self._assessment(prompt, logits[0]), len(row) + computed, kept - computed
+        )
+        return assessed, Snapshot(ids, past, present)
+
+    def _run(
+        self, rows: Sequence[Sequence[int]], past: Past, keep: bool = False
+    ) -> tuple[NDArray[np.float32], Past]:
+        """Logits [rows, 2, head]: at the last token of the closing, and at `S`; with `keep`, the
+        rows' own keys and values."""
         longest = max(map(len, rows))
         ids = np.zeros((len(rows), longest), np.int64)
         for at, row in enumerate(rows):
             ids[at, : len(row)] = row
         ends = np.array([len(row) - 1 for row in rows], np.int64)
         read = np.stack([ends - 3, ends], axis=1)
-        logits: NDArray[np.float32] = self._call(["logits"], {"ids": ids, "read": read, **past})[0]
+        names = ["logits", *(self._present if keep else ())]
+        logits, *present = self._call(names, {"ids": ids, "read": read, **past})
         if not np.isfinite(logits).all():
             raise EngineFailed("the model's logits are not finite")
-        return logits
+        return logits, dict(zip(self._no_past, present, strict=keep))
 
     def _call(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
         try:
-            outputs: list[Any] = self._session.run(names, feeds)
+            outputs: list[Any] = self._graph.run(names, feeds)
         except Exception as error:  # onnxruntime's errors share no base class
             raise EngineFailed(f"onnxruntime: {type(error).__name__}") from error
         return outputs
@@ -231,7 +266,7 @@ def _builder(artifact: Artifact) -> PromptBuilder:
     return PromptBuilder(tokenizer, manifest.template, manifest.window_tokens)
 
 
-def _session(artifact: Artifact, threads: int) -> Any:
+def _graph(artifact: Artifact, threads: int) -> Any:
     model = artifact.model
     try:
         strange = graph_files(model.read_bytes()) - artifact.manifest.files.keys()
@@ -258,12 +293,12 @@ def _no_past(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
     return {f"past_{kind}.{layer}": nothing for layer in range(g.layers) for kind in "kv"}
 
 
-def _check_graph(session: Any, manifest: Manifest) -> None:
+def _check_graph(graph: Any, manifest: Manifest) -> None:
     """The graph's inputs and outputs are those of the manifest's geometry."""
     wanted = {"ids", "read", *_no_past(manifest)}
-    found = {value.name for value in session.get_inputs()}
+    found = {value.name for value in graph.get_inputs()}
     if found != wanted:
         raise EngineFailed("the graph's inputs do not fit the manifest's geometry")
-    outputs = {value.name: value.shape for value in session.get_outputs()}
+    outputs = {value.name: value.shape for value in graph.get_outputs()}
     if outputs.get("logits", [None])[-1] != len(manifest.verdict.head):
         raise EngineFailed("the graph's logits do not fit the manifest's head")

@@ -1,63 +1,100 @@
-"""Keys and values of prompt prefixes, kept by last use within a bound of bytes."""
+"""Keys and values of the first tokens of prompts, kept by last use within a bound of bytes."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Past = Mapping[str, NDArray[np.float32]]
+Past = Mapping[str, NDArray[np.float32]]  # by the names of the graph's inputs: [1, kv_heads, P, d]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The model's state behind a prefix, by the names of the graph's inputs."""
+    """The model's state behind `ids`; never changed.
 
-    tokens: int
+    `past` holds the first of them, `behind` the others, and may hold more. The two are put together
+    when the next run is fed, and not before: a graph takes its past in one piece, so that is the
+    one copy that cannot be saved, and it is small beside the run.
+    """
+
+    ids: tuple[int, ...]
     past: Past
+    behind: Past | None = None
 
     @property
     def size(self) -> int:
         """Bytes held."""
-        return sum(array.nbytes for array in self.past.values())
+        return sum(
+            array.nbytes for piece in (self.past, self.behind or {}) for array in piece.values()
+        )
+
+    def shared(self, ids: tuple[int, ...]) -> int:
+        """How many tokens the two have in common, from the first on."""
+        pairs = enumerate(zip(self.ids, ids, strict=False))
+        return next((at for at, (a, b) in pairs if a != b), min(len(self.ids), len(ids)))
+
+    def first(self, count: int) -> Past:
+        """The state behind the first `count` of the ids, in one piece."""
+        if self.behind is None and count == len(self.ids):
+            return self.past
+        found = {}
+        for name, array in self.past.items():
+            pieces = [array[:, :, :count]]
+            if self.behind is not None:
+                pieces.append(self.behind[name][:, :, : max(count - array.shape[2], 0)])
+            found[name] = np.concatenate(pieces, axis=2)
+        return found
 
 
 class Snapshots:
-    """Snapshots by prefix. Safe to share between threads."""
+    """Snapshots by any name. Safe to share between threads."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
-        self._held: OrderedDict[tuple[int, ...], Snapshot] = OrderedDict()
+        self._held: OrderedDict[Hashable, Snapshot] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, prefix: tuple[int, ...]) -> Snapshot | None:
-        """The snapshot of this prefix, which becomes the last used; None when there is none."""
+    @property
+    def size(self) -> int:
+        """Bytes held, never over the bound."""
+        return self._bytes
+
+    def get(self, name: Hashable) -> Snapshot | None:
+        """The snapshot of this name, which becomes the last used; None when there is none."""
         with self._lock:
-            found = self._held.get(prefix)
+            found = self._held.get(name)
             if found is not None:
-                self._held.move_to_end(prefix)
+                self._held.move_to_end(name)
             return found
 
-    def put(self, prefix: tuple[int, ...], snapshot: Snapshot) -> None:
+    def put(self, name: Hashable, snapshot: Snapshot) -> None:
         """Keep a snapshot unless it is too large; the longest unused make room for it."""
         with self._lock:
-            known = self._held.pop(prefix, None)
-            self._bytes -= known.size if known is not None else 0
+            self._forget(name)
             if snapshot.size > self._most:
                 return
-            self._held[prefix] = snapshot
+            while self._bytes + snapshot.size > self._most:
+                self._forget(next(iter(self._held)))
+            self._held[name] = snapshot
             self._bytes += snapshot.size
-            while self._bytes > self._most:
-                _, dropped = self._held.popitem(last=False)
-                self._bytes -= dropped.size
+
+    def drop(self, name: Hashable) -> None:
+        """Keep this one no longer, if it is there."""
+        with self._lock:
+            self._forget(name)
 
     def clear(self) -> None:
         """Drop all."""
         with self._lock:
             self._held.clear()
             self._bytes = 0
+
+    def _forget(self, name: Hashable) -> None:
+        known = self._held.pop(name, None)
+        self._bytes -= known.size if known is not None else 0

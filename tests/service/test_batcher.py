@@ -12,6 +12,7 @@ import pytest
 from guard_policies.assessment import Direction
 from guard_service.batcher import Batcher, Limits, Ran, tokens_of
 from guard_service.conversation import Conversation
+from guard_service.engines import Assessed
 from guard_service.engines.fake import FakeEngine
 from guard_service.errors import NotAssessed, NotReady, Overloaded, ShuttingDown
 from guard_service.prompt import Prompt
@@ -184,6 +185,46 @@ async def test_a_prompt_that_fails_the_engine_fails_alone(make: MakeBatcher) -> 
     a, poison, b = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(a, Ran) and isinstance(b, Ran)
     assert isinstance(poison, NotAssessed) and "poison" not in str(poison)
+
+
+class Resumed:
+    """A session that holds a number of tokens of whatever comes."""
+
+    def __init__(self, engine: Gated, held: int) -> None:
+        self._engine = engine
+        self._held = held
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        """As the engine."""
+        return self._engine.assess(prompts)
+
+    def held(self, prompt: Prompt) -> int:
+        """The same for all."""
+        return self._held
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+async def test_a_sessions_prompts_run_by_themselves_and_count_for_what_is_new(
+    make: MakeBatcher,
+) -> None:
+    engine = Gated()
+    batcher = make(engine)
+    first = await _occupy(batcher, engine)
+    grown = [engine.prompt("y" * 50), engine.prompt("y" * 60)]
+    asked = batcher.assess(grown, PATIENCE_S, Resumed(engine, held=40))
+    tasks = [asyncio.create_task(asked), *(_ask(batcher, engine, "x") for _ in range(2))]
+    await until(lambda: batcher.queued_items == 4)
+    whole = sum(map(tokens_of, [*grown, *[engine.prompt("x")] * 2]))
+    assert batcher.queued_tokens == whole - 2 * 40
+    engine.culprit = "y" * 60
+    engine.gate.set()
+    failed, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    await first
+    assert isinstance(failed, NotAssessed) and all(isinstance(one, Ran) for one in others)
+    runs = [[text.count("y") for text in texts] for texts in engine.batches]
+    assert runs == [[0], [50], [60], [0, 0]]
 
 
 async def test_a_dead_worker_is_told_and_nothing_hangs(make: MakeBatcher) -> None:

@@ -214,7 +214,7 @@ def test_any_bytes_are_read_or_refused(artifact: Artifact, noise: bytes, at: int
 
 def test_snapshots_are_bounded_by_bytes_and_the_longest_unused_go() -> None:
     def snapshot(size: int) -> Snapshot:
-        return Snapshot(1, {"k": np.zeros(size // 4, np.float32)})
+        return Snapshot((1,), {"k": np.zeros(size // 4, np.float32)})
 
     held = Snapshots(most_bytes=100)
     held.put((1,), snapshot(40))
@@ -232,7 +232,7 @@ def test_snapshots_may_be_shared_between_threads() -> None:
 
     def work(seed: int) -> None:
         for at in range(200):
-            held.put((seed * at % 7,), Snapshot(1, {"k": np.zeros(50, np.float32)}))
+            held.put((seed * at % 7,), Snapshot((1,), {"k": np.zeros(50, np.float32)}))
             held.get((at % 7,))
 
     with ThreadPoolExecutor(4) as pool:

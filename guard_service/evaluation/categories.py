@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from guard_service.evaluation.figures import (
+    Bools,
     Floats,
     Ints,
     Judged,
@@ -83,9 +84,7 @@ def first_named(rows: Sequence[Labelled], scores: Scores) -> tuple[Ints, Ints, t
     return np.array(truth, np.int64), np.array(guess, np.int64), columns
 
 
-def named_f1(
-    truth: Ints, guess: Ints, codes: int, weights: Floats
-) -> tuple[Floats, np.ndarray[Any, np.dtype[np.bool_]]]:
+def named_f1(truth: Ints, guess: Ints, codes: int, weights: Floats) -> tuple[Floats, Bools]:
     """F1 of each code [lines, codes] for weights [lines, rows], and which codes have rows."""
     every = np.arange(codes)
     real = truth[:, None] == every  # [rows, codes]

@@ -152,7 +152,8 @@ def interval(value: float, drawn: Floats, reverse: bool = False) -> tuple[float,
     """The 95 % percentile interval of resampled values; NaN when they say nothing.
 
     `reverse` mirrors it at the value (the basic interval): for the calibration error, of which
-    every resample has more than the rows it was drawn from.
+    every resample has more than the rows it was drawn from. The rows' own has a bias of the same
+    kind, so that of few rows the low end is above 0 even where a guard is calibrated.
     """
     if math.isnan(value) or not len(drawn) or np.isnan(drawn).any() or np.ptp(drawn) == 0:
         return (math.nan, math.nan)

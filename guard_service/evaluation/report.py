@@ -16,7 +16,7 @@ import numpy as np
 
 from guard_service.evaluation.categories import category_figures
 from guard_service.evaluation.curves import curves
-from guard_service.evaluation.figures import Judged, figures, wilson
+from guard_service.evaluation.figures import Bools, Judged, figures, wilson
 from guard_service.evaluation.rows import Labelled
 from guard_service.evaluation.scores import Scores
 
@@ -47,7 +47,7 @@ def evaluate(
     positions = scores.judged()
     kept, said = [rows[at] for at in positions], scores.take(positions)
     own = threshold is None and scores.fired is not None
-    judged = Judged(_labels(kept), said.unsafe, said.verdicts(threshold))
+    judged = Judged(labels_of(kept), said.unsafe, said.verdicts(threshold))
     report = {
         "format": FORMAT,
         "data": {"rows": len(rows), "digest": digest(rows)},
@@ -63,6 +63,11 @@ def evaluate(
     }
     plain: dict[str, Any] = jsonable(report)
     return plain
+
+
+def labels_of(rows: Sequence[Labelled]) -> Bools:
+    """Whether each row is unsafe [rows]."""
+    return np.array([row.unsafe for row in rows], bool)
 
 
 def digest(rows: Sequence[Labelled]) -> str:
@@ -88,10 +93,6 @@ def part(judged: Judged, members: Sequence[int]) -> Judged:
     """Some of the rows."""
     chosen = np.array(members, np.int64)
     return Judged(judged.labels[chosen], judged.scores[chosen], judged.fired[chosen])
-
-
-def _labels(rows: Sequence[Labelled]) -> Any:
-    return np.array([row.unsafe for row in rows], bool)
 
 
 def _unjudged(rows: Sequence[Labelled], scores: Scores) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from guard_quantization.data import Row
-from guard_quantization.evaluate import labels_of, score_rows
-from guard_service.engines import open_engine
 from guard_service.evaluation.categories import first_named, named_f1
 from guard_service.evaluation.figures import (
     NAMES,
@@ -23,7 +21,7 @@ from guard_service.evaluation.figures import (
     values,
     wilson,
 )
-from guard_service.evaluation.report import DIMENSIONS, digest, jsonable, part
+from guard_service.evaluation.report import DIMENSIONS, digest, jsonable, labels_of, part
 from guard_service.evaluation.rows import Labelled
 from guard_service.evaluation.scores import Scores, read_scores
 
@@ -34,6 +32,9 @@ def compare_artifacts(
     reference: str | Path, other: str | Path, rows: Sequence[Row], threads: int = 1
 ) -> dict[str, Any]:
     """`compare` two artifacts ("starter", or a folder) that judge the rows here, one by one."""
+    from guard_quantization.evaluate import score_rows  # heavy; score files need none of it
+    from guard_service.engines import open_engine
+
     said, names = [], []
     for model in (reference, other):
         engine = open_engine(model, threads)
@@ -43,7 +44,7 @@ def compare_artifacts(
             said.append(score_rows(engine, rows, f"judge with {engine.card.name}"))
         finally:
             engine.close()
-    return {**compare(rows, *said), "reference": names[0], "other": names[1]}
+    return {**compare(rows, said[0], said[1]), "reference": names[0], "other": names[1]}
 
 
 def compare_score_files(
@@ -69,18 +70,18 @@ def compare(
     rows_ = [rows[at] for at in kept]
     before, after = reference.take(kept), other.take(kept)
     labels = labels_of(rows_)
-    pair = tuple(Judged(labels, one.unsafe, one.verdicts(threshold)) for one in (before, after))
+    first, second = (Judged(labels, one.unsafe, one.verdicts(threshold)) for one in (before, after))
     moved = after.unsafe - before.unsafe
     report = {
         "format": FORMAT,
         "data": {"rows": len(rows), "digest": digest(rows)},
         "judged_by_both": len(kept),
         "unjudged": {"reference": len(reference.failures), "other": len(other.failures)},
-        "figures": differences(*pair),
-        "verdicts": agreement(*pair),
+        "figures": differences(first, second),
+        "verdicts": agreement(first, second),
         "unsafe_score": _distance(moved),
         "categories": _categories(rows_, before, after),
-        "by": {name: _groups(rows_, *pair, key=name) for name in DIMENSIONS},
+        "by": {name: _groups(rows_, first, second, name) for name in DIMENSIONS},
         "worst": [
             {
                 "file": rows_[at].file,
@@ -170,7 +171,7 @@ def _categories(rows: Sequence[Labelled], before: Scores, after: Scores) -> dict
 
 
 def _groups(
-    rows: Sequence[Labelled], reference: Judged, other: Judged, *, key: str
+    rows: Sequence[Labelled], reference: Judged, other: Judged, key: str
 ) -> Mapping[str, Any]:
     members: dict[str, list[int]] = defaultdict(list)
     for at, row in enumerate(rows):

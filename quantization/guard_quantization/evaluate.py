@@ -28,6 +28,7 @@ from guard_service.evaluation.figures import (
     expected_calibration_error,
     values,
 )
+from guard_service.evaluation.report import labels_of
 from guard_service.evaluation.rows import Labelled
 from guard_service.evaluation.scores import CODES, Scores
 from guard_service.manifest import Calibration
@@ -73,11 +74,6 @@ def figures(rows: Sequence[Labelled], scores: Floats, threshold: float = 0.5) ->
     labels = labels_of(rows)
     counts = {"safe": int((~labels).sum()), "unsafe": int(labels.sum())}
     return {**counts, **values(Judged(labels, scores, scores >= threshold))}
-
-
-def labels_of(rows: Sequence[Labelled]) -> NDArray[np.bool_]:
-    """Whether each row is unsafe [rows]."""
-    return np.array([row.unsafe for row in rows], bool)
 
 
 def by(

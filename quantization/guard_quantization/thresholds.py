@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from guard_policies.assessment import Direction
 from guard_policies.schema import DEFAULT_THRESHOLD, MIN_THRESHOLD, normal_tag
-from guard_quantization.evaluate import fit_temperature, labels_of
+from guard_quantization.evaluate import fit_temperature
 from guard_service.evaluation.figures import Floats
+from guard_service.evaluation.report import labels_of
 from guard_service.evaluation.rows import Labelled
 
 Bools = NDArray[np.bool_]
@@ -93,7 +94,7 @@ def at_most_fpr(labels: Bools, scores: Floats, fpr: float) -> float:
         return MIN_THRESHOLD
     first_out = float(safe[allowed])
     near = round(first_out, _DIGITS)
-    return _clipped(near if near > first_out else near + 10.0**-_DIGITS)
+    return _clipped(near if near > first_out else round(near + 10.0**-_DIGITS, _DIGITS))
 
 
 def best_f1(labels: Bools, scores: Floats) -> float:
@@ -114,7 +115,7 @@ def best_f1(labels: Bools, scores: Floats) -> float:
 
 
 def _clipped(threshold: float) -> float:
-    return min(1.0, max(MIN_THRESHOLD, round(threshold, _DIGITS)))
+    return min(1.0, max(MIN_THRESHOLD, threshold))
 
 
 def policy_fragment(fits: Sequence[Fit], aim: Aim) -> str:

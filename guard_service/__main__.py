@@ -1,4 +1,4 @@
-"""The command guard-service: flags to settings, settings to a running server."""
+"""The command guard-service: flags to settings, settings to a running server; pull, verify."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from guard_policies.positions import PolicyError
 from guard_policies.schema import Policy
-from guard_service import __version__, logs
+from guard_service import __version__, logs, pull, verify
 from guard_service.artifact import ArtifactError
 from guard_service.config import FIELDS, TYPES, ConfigError, Loaded, Settings, load
 from guard_service.engines import Engine, EngineFailed, ModelCard, open_engine
@@ -25,14 +25,19 @@ from guard_service.server import GuardServer, loaded_policies
 LOG = logging.getLogger("guard_service")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 CONFIG_VARIABLE = "GUARD_CONFIG"
+COMMANDS = {"pull": pull.main, "verify": verify.main}  # flags alone serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the service until it is told to stop; returns the exit code."""
+    """Run the service until it is told to stop, or a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     parser = _parser()
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        possible = [*COMMANDS, *parser._option_string_actions]
+        near = difflib.get_close_matches(unknown[0], possible, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
         parser.error(f"unknown argument {unknown[0]}; {hint}")
     arguments = vars(known)
@@ -149,8 +154,11 @@ def _settings(arguments: Mapping[str, str | None]) -> Loaded:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="guard-service",
-        usage="guard-service [--config FILE] [--model FOLDER] [--port N] [...]",
-        description="Judge conversations over gRPC.",
+        usage="guard-service [--config FILE] [--model FOLDER] [--port N] [...]\n"
+        "       guard-service pull OWNER/NAME [...]\n"
+        "       guard-service verify FOLDER",
+        description="Judge conversations over gRPC. `pull` downloads a model, `verify` checks a "
+        "model folder; each has its own --help.",
         epilog="Every setting may come from a flag, from the environment (GUARD_PORT for --port) "
         "or from the file of --config, and counts in this order.",
         allow_abbrev=False,

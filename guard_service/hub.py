@@ -172,7 +172,8 @@ class Hub:
             return "HF_HUB_OFFLINE is set; unset it to pull"
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             return f"cannot be written ({error.strerror})"
-        return f"the connection to {self.endpoint} failed or broke off ({type(error).__name__})"
+        kind = type(error).__name__
+        return f"the connection to {self.endpoint} failed ({kind}); the same command goes on"
 
     def _gate(self, status: int, repository: str) -> str:
         given = "the token that was given may not" if self.token else "without a token one may not"
@@ -210,6 +211,11 @@ def _library() -> ModuleType:
         raise HubError(
             "pull needs the package huggingface_hub: pip install 'llama-guard-service[pull]'"
         ) from None
+    if not library.__version__.startswith("0."):  # from 1.0 on its errors are of another kind
+        raise HubError(
+            f"pull needs huggingface_hub below 1.0, this is {library.__version__}: "
+            "pip install 'llama-guard-service[pull]'"
+        )
     library.constants.HF_HUB_ENABLE_HF_TRANSFER = False  # would write past the bounds of _Bounded
     library.utils.logging.set_verbosity_error()  # its warnings hold addresses that the hub chose
     return library

@@ -74,7 +74,7 @@ def test_broken_off_download_goes_on_where_it_ended(
 ) -> None:
     name = "model-00001-of-00002.safetensors"
     hub.answers[hub.file_path(name)] = lambda ask: ask.break_off(WEIGHTS, after=4096)
-    assert "broke off" in failure()
+    assert "the same command goes on" in failure()
     assert not folder.exists()
     hub.answers.clear()
     hub.asked.clear()
@@ -175,3 +175,11 @@ def test_missing_library_is_said_in_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "[pull]" in failure()
+
+
+def test_library_of_another_kind_is_said(
+    failure: Failure, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "__version__", "1.0.0")
+    assert "below 1.0" in failure()
+    assert not hub.asked

@@ -113,9 +113,9 @@ def _chosen(what: What, to: Path) -> list[LabelledRow]:
     rows = []
     with to.open("w", encoding="utf-8") as file:
         for row, line in read_rows(data_files(what.data), what.split):
-            asked = {key: line[key] for key in ("messages", "target_role") if key in line}
-            asked |= {"id": row.id, "language": row.language}
-            file.write(json.dumps(asked) + "\n")
+            asked = {"id": row.id, "language": row.language}
+            own = {key: line[key] for key in ("messages", "target_role") if key in line}
+            file.write(json.dumps({**asked, **own}) + "\n")
             rows.append(row)
     if not rows:
         raise DataError(f"{what.data}: no row" + (f" of split {what.split!r}" * bool(what.split)))

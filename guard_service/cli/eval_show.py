@@ -12,6 +12,7 @@ from rich.table import Table
 from guard_service.cli.exits import printable
 
 _COLUMNS = ("f1", "precision", "recall", "fpr", "auroc", "auprc", "ece", "brier")
+_BY_GROUP = ("f1", "recall", "fpr", "auroc", "ece")  # what 80 columns hold; --json has all
 _TITLES = {"fpr": "FPR", "auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE"}
 _MOST = 40
 
@@ -33,6 +34,11 @@ def show_report(report: Mapping[str, Any]) -> None:
             to.print(_groups(name, groups))
     if report["by_category"]:
         to.print(_categories(report))
+        naming = report["categories"]
+        to.print(
+            f"category named first: right in {_ranged(naming, 'accuracy')} of {naming['rows']} "
+            f"rows, macro F1 {_ranged(naming, 'macro_f1')}"
+        )
     refusal = report["over_refusal"]
     to.print(
         f"over-refusal: {_ranged(refusal, 'fpr')} of {refusal['rows']} harmless rows that sound "
@@ -42,9 +48,9 @@ def show_report(report: Mapping[str, Any]) -> None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=printable(title), box=box.SIMPLE, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True, min_width=5)
     return table
 
 
@@ -58,9 +64,9 @@ def _whole(figures: Mapping[str, Any]) -> Table:
 
 
 def _groups(name: str, groups: Mapping[str, Any]) -> Table:
-    table = _table(f"By {name}", "safe", "unsafe", *(_TITLES.get(one, one) for one in _COLUMNS))
+    table = _table(f"By {name}", "safe", "unsafe", *(_TITLES.get(one, one) for one in _BY_GROUP))
     for group, figures in list(groups.items())[:_MOST]:
-        cells = (_number(figures[one]) for one in _COLUMNS)
+        cells = (_number(figures[one]) for one in _BY_GROUP)
         table.add_row(printable(group), str(figures["safe"]), str(figures["unsafe"]), *cells)
     if len(groups) > _MOST:
         table.add_row(f"and {len(groups) - _MOST} more: see --json")
@@ -68,12 +74,7 @@ def _groups(name: str, groups: Mapping[str, Any]) -> Table:
 
 
 def _categories(report: Mapping[str, Any]) -> Table:
-    naming = report["categories"]
-    title = (
-        f"By category; first named right {_ranged(naming, 'accuracy')}, "
-        f"macro F1 {_ranged(naming, 'macro_f1')}"
-    )
-    table = _table(title, "rows", "recall", "95 %", "AUROC", "named F1")
+    table = _table("By category", "rows", "recall", "95 %", "AUROC", "named F1")
     for code, one in report["by_category"].items():
         cells = (_number(one["recall"]), _range(one, "recall"), _number(one["auroc"]))
         table.add_row(printable(code), str(one["rows"]), *cells, _number(one.get("named_f1")))

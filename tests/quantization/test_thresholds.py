@@ -21,6 +21,7 @@ from guard_quantization.thresholds import (
     fit_thresholds,
     policy_fragment,
 )
+from guard_service.evaluation.figures import Floats
 from guard_service.evaluation.rows import LabelledRow
 from tests.service.labelled import row
 
@@ -32,7 +33,7 @@ SCORES = st.lists(
 
 
 @given(SCORES, st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_false_positive_rate_stays_within_its_aim(
     pairs: list[tuple[bool, float]], aim: float
 ) -> None:
@@ -49,7 +50,7 @@ def test_false_positive_rate_stays_within_its_aim(
 
 
 @given(SCORES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_threshold_has_a_better_f1(pairs: list[tuple[bool, float]]) -> None:
     pairs = [(True, 0.75), (False, 0.25), *pairs]
     labels = np.array([label for label, _ in pairs])
@@ -68,10 +69,11 @@ def test_temperature_recovers_what_was_applied() -> None:
     assert fitted.bias == 0 and abs(fitted.scale - 1 / 3) < 0.03
 
 
-def mixed(per_language: dict[str, int]) -> tuple[list[LabelledRow], np.ndarray]:
+def mixed(per_language: dict[str, int]) -> tuple[list[LabelledRow], Floats]:
     """Rows of both directions; German scores lie lower than English ones."""
     rng = np.random.default_rng(0)
-    rows, scores = [], []
+    rows: list[LabelledRow] = []
+    scores: list[float] = []
     for language, count in per_language.items():
         for n in range(count):
             way = (Direction.PROMPT, Direction.RESPONSE)[n % 2]

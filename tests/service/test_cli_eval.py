@@ -183,7 +183,7 @@ def test_guard_sees_no_label_and_nobody_else_sees_the_text(
     shown = RUN.invoke(
         app, ["eval", str(data), "--scores", str(kept), "--out", str(out), *server]
     ).stdout
-    asked = str(service.asked[0])
+    asked = str(service.asked)
     assert "+0.55" in asked and "unsafe" not in asked and "S10" not in asked
     for text in (kept.read_text(), out.read_text(), shown):
         assert "+0." not in text

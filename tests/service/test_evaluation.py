@@ -91,7 +91,8 @@ def judged_line(number: int, score: float, **more: Any) -> dict[str, Any]:
 
 def test_score_file_gives_scores_the_guard_s_own_verdicts_and_failures(tmp_path: Path) -> None:
     rows = [row(n, n > 1) for n in range(5)]
-    failed = {"id": "r2", "action": None, "unsafe_score": None, "scores": {}, "error": "BAD: text"}
+    failed: dict[str, Any] = {"id": "r2", "action": None, "unsafe_score": None, "scores": {}}
+    failed["error"] = "BAD: text"
     path = write(
         tmp_path / "s.jsonl",
         judged_line(0, 0.1),

@@ -94,9 +94,10 @@ def test_rows_told_apart_without_a_mistake_get_no_interval_of_no_width() -> None
 
 
 def test_wilson_says_something_of_none_and_of_all() -> None:
-    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
-    assert wilson(20, 20) == (pytest.approx(0.8389, abs=1e-4), 1.0)
-    assert wilson(5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 20)[0] == 0.0 and wilson(20, 20)[1] == 1.0
     assert np.isnan(wilson(0, 0)).all()
 
 

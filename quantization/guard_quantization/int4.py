@@ -138,11 +138,12 @@ def quantize_channels(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
 def fake_quantize_rows(x: Floats) -> Floats:
     """What is left of activations [..., K] after int8 with one scale per row.
 
-    As the "rows" kernel of `layers` computes it: scale max|x| / 127, zero point 128, halves to even.
+    As the "rows" kernel of `layers` does it: scale max|x| / 127, zero point 128, halves to even.
     """
     scale = np.maximum(np.abs(x).max(-1, keepdims=True) * np.float32(1 / 127), np.float32(1e-9))
     codes = np.clip(np.rint(x / scale) + 128, 0, 255)
-    return ((codes - 128) * scale).astype(np.float32, copy=False)
+    left: Floats = ((codes - 128) * scale).astype(np.float32, copy=False)
+    return left
 
 
 def _search(values: Floats, bits: int, shares: Floats) -> tuple[Bytes, NDArray[np.float16]]:

@@ -11,17 +11,17 @@ Both are in the weights afterwards: nothing is added at run time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guard_quantization.export import Shape, Weights
+from guard_quantization.export import Shape
+from guard_quantization.tensors import EMBEDDING, HEAD, NORM
 
 Floats = NDArray[np.float32]
-EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _NORM_OF = {
     "q_proj": "input_layernorm",
     "k_proj": "input_layernorm",
@@ -64,6 +64,12 @@ def orthogonal(width: int, *seed: int) -> Tensor:
     return q * r.diagonal().sign()
 
 
+class FloatWeights(Protocol):
+    """Tensors by their Hugging Face names, read one at a time."""
+
+    def __getitem__(self, name: str, /) -> Floats: ...
+
+
 class Rotated:
     """A checkpoint seen through rotations: tensors by name, computed in float64 when asked for.
 
@@ -71,7 +77,7 @@ class Rotated:
     embedding. `config` says so.
     """
 
-    def __init__(self, weights: Weights, config: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, weights: FloatWeights, config: Mapping[str, Any], seed: int) -> None:
         self._weights, self._shape, self._seed = weights, Shape.of(config), seed
         self._stream = orthogonal(self._shape.hidden, seed)
         self.config = {**config, "tie_word_embeddings": False}
@@ -81,7 +87,7 @@ class Rotated:
             return turn_inputs(self._weights[name], None, self._stream)
         if name == HEAD:
             table = self._weights[EMBEDDING if self._shape.tied else HEAD]
-            return turn_inputs(table, self._weights[LAST_NORM], self._stream)
+            return turn_inputs(table, self._weights[NORM], self._stream)
         kind = name.removesuffix(".weight").rpartition(".")[2]
         weight = self._weights[name]
         if kind in ("norm", *_NORM_OF.values()):
@@ -116,19 +122,23 @@ def turn_inputs(weight: Floats, norm: Floats | None, turn: Tensor) -> Floats:
 
 def turn_outputs(weight: Floats, turn: Tensor) -> Floats:
     """weight [width, columns] writing y @ turn instead of y."""
-    return (turn.T @ torch.from_numpy(weight).double()).float().numpy()
+    turned: Floats = (turn.T @ torch.from_numpy(weight).double()).float().numpy()
+    return turned
 
 
 def turn_values(weight: Floats, heads: Tensor) -> Floats:
     """v_proj [kv_heads * d, hidden] writing each head's values turned by heads [kv_heads, d, d]."""
     split = torch.from_numpy(weight).double().view(*heads.shape[:2], -1)
-    return (heads.mT @ split).reshape(weight.shape).float().numpy()
+    turned: Floats = (heads.mT @ split).reshape(weight.shape).float().numpy()
+    return turned
 
 
 def turn_mixed(weight: Floats, heads: Tensor) -> Floats:
     """o_proj [hidden, heads * d] reading each head turned by heads [heads, d, d]."""
     split = torch.from_numpy(weight).double().view(len(weight), *heads.shape[:2])
-    return torch.einsum("ohd,hde->ohe", split, heads).reshape(weight.shape).float().numpy()
+    turned = torch.einsum("ohd,hde->ohe", split, heads).reshape(weight.shape)
+    floats: Floats = turned.float().numpy()
+    return floats
 
 
 def _core(size: int) -> Tensor | None:

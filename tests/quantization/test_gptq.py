@@ -96,7 +96,7 @@ def test_it_equals_the_naive_form_in_float64(columns: int, block: int, bits: int
     np.testing.assert_array_equal(found.scales, wanted.scales)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     rank=st.integers(1, 40),

@@ -75,7 +75,8 @@ def read_by(model: LlamaForCausalLM, part: str) -> Floats:
     handle = model.get_submodule(part).register_forward_pre_hook(keep)
     logits(model)
     handle.remove()
-    return seen[0].numpy()
+    floats: Floats = seen[0].numpy()
+    return floats
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 48, 64, 96, 320, 1536])

@@ -80,10 +80,7 @@ class Shard:
 
     def __init__(self, path: Path, layouts: Mapping[str, Any]) -> None:
         self.path, self._layouts = path, layouts
-        try:
-            self._file: Any = safe_open(path, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"{path}: not a safetensors file ({error})") from error
+        self._file = _opened(path)
         self.names: tuple[str, ...] = tuple(self._file.keys())
         self.note: str = (self._file.metadata() or {}).get("note", "")
 
@@ -129,6 +126,13 @@ class QuantizedCheckpoint:
 
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self.settings["tensors"]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path}: not a safetensors file ({error})") from error
 
 
 def _layouts(found: Any) -> bool:

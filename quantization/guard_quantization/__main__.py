@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from guard_quantization.recipe import CheckpointRecipe
 
 app = typer.Typer(
     help="From checkpoint and data to a guard artifact.",
@@ -20,8 +23,19 @@ Data = Annotated[Path, typer.Option(help="Folder of labelled .jsonl.gz files.", 
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe, for example recipes/starter.yaml.")],
     data: Data,
+    source: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder; for recipes that begin with one.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help='Teacher of such a recipe: a checkpoint or artifact folder, "starter".'),
+    ] = None,
+    last: Annotated[
+        str, typer.Option(help="Last stage: prune, distill, quantize or export.")
+    ] = "export",
     out: Annotated[
-        Path | None, typer.Option(help="Artifact folder to make; none: train only.")
+        Path | None,
+        typer.Option(help="Artifact folder that a starter recipe makes; none: train only."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where stages keep their results.")] = Path("runs"),
     encoder: Annotated[
@@ -32,21 +46,47 @@ def run(
     ] = Path("/usr/share/wordnet"),
     threads: Annotated[int, typer.Option(help="Threads that compute.", min=1)] = 2,
 ) -> None:
-    """Train the starter guard stage by stage; run it again to go on after an interruption."""
+    """Make a guard stage by stage; run it again to go on after an interruption."""
     import torch
 
-    from guard_quantization.pipeline import Pipeline
-    from guard_quantization.recipe import load_recipe
-    from guard_quantization.release import release
+    from guard_quantization.recipe import CheckpointRecipe, load_recipe
 
     torch.set_num_threads(threads)
-    pipeline = Pipeline(load_recipe(recipe), data, runs, encoder or _packaged_encoder(), wordnet)
+    read = load_recipe(recipe)
+    if isinstance(read, CheckpointRecipe):
+        _run_checkpoint(read, source, data, runs, teacher, last)
+        return
+    from guard_quantization.pipeline import Pipeline
+    from guard_quantization.release import release
+
+    pipeline = Pipeline(read, data, runs, encoder or _packaged_encoder(), wordnet)
     pipeline.student()
     if out is None:
         typer.echo(f"trained; results are in {pipeline.folder}")
         return
     artifact = release(pipeline, out)
     typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
+
+
+def _run_checkpoint(
+    recipe: CheckpointRecipe,
+    source: Path | None,
+    data: Path,
+    runs: Path,
+    teacher: str | None,
+    last: str,
+) -> None:
+    from guard_quantization.beliefs import open_teacher
+    from guard_quantization.checkpoint import STAGES, CheckpointPipeline
+
+    if source is None:
+        raise ValueError("this recipe begins with a checkpoint: name its folder with --source")
+    if last not in STAGES:
+        raise ValueError(f"--last is one of {', '.join(STAGES)}")
+    window = recipe.window_tokens
+    believer = open_teacher(teacher, window) if teacher else None
+    made = CheckpointPipeline(recipe, source, data, runs, believer, typer.echo).make(last)
+    typer.echo(f"made {made}")
 
 
 @app.command()
@@ -61,6 +101,35 @@ def export(
 
     artifact = export_checkpoint(source, out, precision=Precision(bits=bits, embedding_bits=bits))
     typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
+
+
+@app.command("random")
+def random_checkpoint(
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a rank file.", exists=True)],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a checkpoint of Llama Guard 3 1B's geometry with random weights, to try a recipe on."""
+    from guard_quantization.random_checkpoint import (
+        LLAMA_GUARD_3_1B_CONFIG,
+        write_random_checkpoint,
+    )
+    from guard_quantization.tensors import layout
+    from guard_quantization.training import Report
+
+    report = Report("writing", len(list(layout(LLAMA_GUARD_3_1B_CONFIG))))
+    try:
+        count = write_random_checkpoint(
+            out,
+            LLAMA_GUARD_3_1B_CONFIG,
+            tokenizer,
+            seed,
+            outliers=8,
+            done=lambda n: report.at(n, ""),
+        )
+    finally:
+        report.close()
+    typer.echo(f"made {out}: {count} random parameters; it judges nothing")
 
 
 @app.command()

@@ -151,7 +151,7 @@ def feature_loss(projected: Tensor, batch: Sequence[Lesson], pooled: Tensor) -> 
 
 
 @contextmanager
-def quantized_weights(model: GuardLlama) -> Iterator[None]:
+def quantized_weights(model: nn.Module, block: int = _BLOCK) -> Iterator[None]:
     """Layers' weights as 4-bit storage will round them, inside the context (straight-through).
 
     Bengio et al., 2013: the gradient at the rounded weights is applied to the unrounded ones.
@@ -160,7 +160,7 @@ def quantized_weights(model: GuardLlama) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "layers" in name:
             kept.append((parameter, parameter.data))
-            parameter.data = _rounded(parameter.data)
+            parameter.data = _rounded(parameter.data, block)
     try:
         yield
     finally:
@@ -168,8 +168,8 @@ def quantized_weights(model: GuardLlama) -> Iterator[None]:
             parameter.data = data
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    blocks = weight.view(weight.shape[0], -1, _BLOCK)
+def _rounded(weight: Tensor, block: int) -> Tensor:
+    blocks = weight.view(weight.shape[0], -1, block)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = extreme / -8
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)

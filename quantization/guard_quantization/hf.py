@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from guard_quantization.export import ExportError, Precision
-from guard_quantization.quantize import Release, make_artifact
+from guard_quantization.quantize import Release, make_artifact, verdict_tokens
 from guard_service.artifact import Artifact
 from guard_service.tokenizer import load_tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+RANDOM = "random weights, not a guard: its verdicts mean nothing"
 
 # The published 1B model knows S1 to S13; a policy may bring categories of its own.
 LLAMA_GUARD_3_1B = Release(
@@ -48,7 +50,7 @@ class Checkpoint:
         self._places = _places(folder)
         self._open: dict[str, Any] = {}
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -98,19 +100,39 @@ def export_checkpoint(
 ) -> Artifact:
     """Make an artifact of a checkpoint folder, int4 unless asked otherwise.
 
-    Memory: the embedding table in float and its codes at the most.
+    The folder may be pruned (`verdict_head` in its config.json) or quantized (`quantized`); codes
+    are taken as they are. Random weights are called that in name and notice. Memory: the embedding
+    table in float and its codes at the most. Raises ExportError, ValueError when codes are not of
+    this precision, FileExistsError.
     """
+    from guard_quantization.quantized import QUANTIZATION_FILE, QuantizedCheckpoint
+
     read = read_source(source)
+    if read.config.get("random_weights"):
+        release = replace(release, name=f"{release.name}-random", notice=RANDOM, licence="none")
     origin = {"source": {"layout": "huggingface", "config": dict(read.config)}}
+    release = replace(release, provenance={**release.provenance, **origin})
+    cut = _head_is_cut(read, release)
+    precision = precision or Precision()
+    if (source / QUANTIZATION_FILE).exists():
+        codes = QuantizedCheckpoint(source)
+        return make_artifact(
+            folder, read.config, codes, read.tokenizer, release, precision, head_is_cut=cut
+        )
     with Checkpoint(source) as weights:
         return make_artifact(
-            folder,
-            read.config,
-            weights,
-            read.tokenizer,
-            replace(release, provenance={**release.provenance, **origin}),
-            precision or Precision(),
+            folder, read.config, weights, read.tokenizer, release, precision, head_is_cut=cut
         )
+
+
+def _head_is_cut(read: Source, release: Release) -> bool:
+    head = read.config.get("verdict_head")
+    if head is None:
+        return False
+    wanted = verdict_tokens(read.tokenizer, release.codes or release.categories).head
+    if tuple(head) != wanted:
+        raise ExportError("config.json: verdict_head is not the tokenizer's verdict tokens")
+    return True
 
 
 def _places(folder: Path) -> dict[str, str]:

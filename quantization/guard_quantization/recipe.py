@@ -1,4 +1,8 @@
-"""A recipe: what is trained on what, read from YAML and checked field by field."""
+"""Recipes: what is made from what and how, read from YAML and checked field by field.
+
+Two kinds: one with a `student` trains a small guard from nothing (the starter); any other takes a
+checkpoint through the stages it names.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from guard_quantization.data import Share
+from guard_quantization.distill_checkpoint import DistillPlan
 from guard_quantization.export import Precision
 from guard_quantization.llama import LlamaShape
+from guard_quantization.prune import PrunePlan
+from guard_quantization.quantize_plan import QuantizePlan
 
 
 class RecipeError(ValueError):
@@ -86,23 +94,71 @@ class Recipe:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def load_recipe(path: Path) -> Recipe:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teaching:
+    """What a checkpoint is taught with: rows of each epoch, and how."""
+
+    plan: DistillPlan
+    epochs: tuple[Epoch, ...]
+    held: Epoch  # dev rows on which student and teacher are compared
+    held_out: tuple[str, ...] = ()  # sources that nothing is trained on
+    languages: tuple[str, ...] = ()  # empty: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecipe:
+    """A checkpoint's way to an artifact; stages that are left out are skipped."""
+
+    name: str
+    seed: int = 0
+    template: str
+    window_tokens: int = 512
+    calibration: Epoch  # training rows that prune and quantize measure on
+    prune: PrunePlan | None = None
+    distill: Teaching | None = None
+    quantize: QuantizePlan | None = None
+    export: Precision
+
+
+def load_recipe(path: Path) -> Recipe | CheckpointRecipe:
     """Read a recipe. Raises RecipeError for unknown, missing and ill-typed fields."""
     try:
         document = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: {error}") from error
+    starter = isinstance(document, dict) and "student" in document
     try:
-        recipe: Recipe = _made(Recipe, document, "recipe")
-        recipe.student.llama(1)
-        for epoch in (*recipe.teacher.epochs, *recipe.student.epochs):
+        recipe: Recipe | CheckpointRecipe = _made(
+            Recipe if starter else CheckpointRecipe, document, "recipe"
+        )
+        for epoch in _epochs(recipe):
             shares(epoch)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe
 
 
+def load_starter_recipe(path: Path) -> Recipe:
+    """`load_recipe` where only a recipe with a student will do."""
+    recipe = load_recipe(path)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path}: a recipe without a student")
+    return recipe
+
+
+def _epochs(recipe: Recipe | CheckpointRecipe) -> list[Epoch]:
+    if isinstance(recipe, Recipe):
+        recipe.student.llama(1)
+        return [*recipe.teacher.epochs, *recipe.student.epochs]
+    taught = recipe.distill
+    return [recipe.calibration, *((*taught.epochs, taught.held) if taught else ())]
+
+
 def _made(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) is UnionType:
+        if value is None:
+            return None
+        (kind,) = (choice for choice in get_args(kind) if choice is not NoneType)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return _plain(kind, value, where)
     if not isinstance(value, dict):

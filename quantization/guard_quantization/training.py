@@ -135,7 +135,7 @@ def fit(
 
 def _backward(loss: Tensor) -> float:
     loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    return float(loss.item())
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from guard_quantization.data import probe_rows
 from guard_quantization.pipeline import Pipeline, StaleStage
-from guard_quantization.recipe import load_recipe
+from guard_quantization.recipe import load_starter_recipe
 from guard_quantization.release import release
 from guard_service.engines import open_engine
 from tests.quantization.small_wordnet import write_wordnet
@@ -100,7 +100,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Pipelin
     (folder / "data").mkdir()
     lines = "\n".join(json.dumps(toy_row(number)) for number in range(160))
     (folder / "data" / "toy.jsonl").write_text(lines + "\n")
-    recipe = load_recipe(folder / "small.yaml")
+    recipe = load_starter_recipe(folder / "small.yaml")
     wordnet = write_wordnet(folder / "wordnet")
     made = Pipeline(recipe, folder / "data", folder / "runs", encoder, wordnet)
     made.rows = [row for row in made.rows if row.file == "toy"]  # not the package's families

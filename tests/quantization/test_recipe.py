@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from guard_quantization.recipe import RecipeError, load_recipe, shares
+from guard_quantization.recipe import RecipeError, load_recipe, load_starter_recipe, shares
 
 STARTER = Path(__file__).parents[2] / "quantization" / "recipes" / "starter.yaml"
 
 
 def test_the_starter_recipe_loads_and_fits_its_size() -> None:
-    recipe = load_recipe(STARTER)
+    recipe = load_starter_recipe(STARTER)
     shape = recipe.student.llama(recipe.tokenizer.size)
     assert shape.num_attention_heads * shape.head_dim == shape.hidden_size
     assert all(share.rows > 0 for epoch in recipe.student.epochs for share in shares(epoch))
@@ -41,6 +41,6 @@ def test_a_mistake_is_named(
 
 
 def test_the_digest_depends_on_the_sections_asked_for() -> None:
-    recipe = load_recipe(STARTER)
-    assert recipe.digest("teacher") == load_recipe(STARTER).digest("teacher")
+    recipe = load_starter_recipe(STARTER)
+    assert recipe.digest("teacher") == load_starter_recipe(STARTER).digest("teacher")
     assert recipe.digest("teacher") != recipe.digest("student")

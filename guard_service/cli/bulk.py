@@ -23,18 +23,8 @@ def bulk(
     restart: Annotated[
         bool, typer.Option("--restart", help="Write OUT anew instead of going on where it ends.")
     ] = False,
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", "-c", min=1, max=1024, help="Calls at a time, at most.")
-    ] = 32,
-    patience_s: Annotated[
-        float,
-        typer.Option(
-            "--patience",
-            min=0,
-            metavar="SECONDS",
-            help="How long to wait for a guard that is overloaded or away before stopping.",
-        ),
-    ] = 120.0,
+    concurrency: options.Concurrency = 32,
+    patience_s: options.Patience = 120.0,
     server: options.Server = "",
     model: options.Model = "",
     policies: options.PolicyFolders = None,

@@ -62,18 +62,6 @@ OverRefusal = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Judge all anew instead of going on where FILE ends.")
 ]
-Concurrency = Annotated[
-    int, typer.Option("--concurrency", "-c", min=1, max=1024, help="Calls at a time, at most.")
-]
-Patience = Annotated[
-    float,
-    typer.Option(
-        "--patience",
-        min=0,
-        metavar="SECONDS",
-        help="How long to wait for a guard that is overloaded or away before stopping.",
-    ),
-]
 
 
 def evaluate(
@@ -86,8 +74,8 @@ def evaluate(
     threshold: Threshold = None,
     over_refusal: OverRefusal = None,
     restart: Restart = False,
-    concurrency: Concurrency = 32,
-    patience_s: Patience = 120.0,
+    concurrency: options.Concurrency = 32,
+    patience_s: options.Patience = 120.0,
     policy: options.PolicyName = "",
     server: options.Server = "",
     model: options.Model = "",

@@ -57,6 +57,18 @@ Key = Annotated[
 Timeout = Annotated[
     float, typer.Option("--timeout", min=0.001, metavar="SECONDS", help="Deadline of one call.")
 ]
+Concurrency = Annotated[
+    int, typer.Option("--concurrency", "-c", min=1, max=1024, help="Calls at a time, at most.")
+]
+Patience = Annotated[
+    float,
+    typer.Option(
+        "--patience",
+        min=0,
+        metavar="SECONDS",
+        help="How long to wait for a guard that is overloaded or away before stopping.",
+    ),
+]
 PolicyName = Annotated[
     str, typer.Option("--policy", "-p", metavar="NAME", help="Policy to judge by.")
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from guard_policies.taxonomy import BY_CODE, LLAMA_GUARD_3, Category
 from guard_quantization.asking import Asked
 from guard_quantization.comparison import verdict_logits
+from guard_quantization.data import cropped
 from guard_quantization.hf import read_source
 from guard_quantization.importance import batched
 from guard_quantization.quantize import verdict_tokens
@@ -182,12 +183,6 @@ def _key(asked: Sequence[Asked]) -> str:
 
 def _prompt(builder: PromptBuilder, asked: Asked) -> Prompt:
     *context, (role, text) = asked.row.turns
-    turns = [(who, _cropped(said, _CONTEXT)) for who, said in context]
-    conversation = Conversation.of(*turns, (role, _cropped(text, _JUDGED)))
+    turns = [(who, cropped(said, _CONTEXT)) for who, said in context]
+    conversation = Conversation.of(*turns, (role, cropped(text, _JUDGED)))
     return builder.build(conversation, asked.categories).prompts[-1]
-
-
-def _cropped(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    return f"{text[: most * 2 // 3]} ... {text[-(most // 3) :]}"

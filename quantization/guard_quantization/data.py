@@ -144,6 +144,13 @@ def _bucket(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
+def cropped(text: str, most: int) -> str:
+    """At most about `most` characters: a longer text keeps its beginning and its end."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} ... {text[-(most // 3) :]}"
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """How many rows of a file an epoch takes, and the loss weight of each."""

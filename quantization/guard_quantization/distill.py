@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3
-from guard_quantization.data import Row
+from guard_quantization.data import Row, cropped
 from guard_quantization.llama import GuardLlama
 from guard_quantization.teacher import CODES, targets
 from guard_quantization.training import batches, fit
@@ -65,9 +65,9 @@ class Classroom:
 
     def lesson(self, row: Row, weight: float, rng: random.Random | None) -> Lesson:
         """`rng` varies case and final punctuation, which carry no meaning; None leaves the text."""
-        context = [(role, _cropped(text, self.crop.context)) for role, text in row.turns[:-1]]
+        context = [(role, cropped(text, self.crop.context)) for role, text in row.turns[:-1]]
         role, text = row.turns[-1]
-        judged = _cropped(text, self.crop.judged)
+        judged = cropped(text, self.crop.judged)
         if rng is not None:
             judged = _varied(judged, rng)
         built = self.builder.build(Conversation.of(*context, (role, judged)), LLAMA_GUARD_3)
@@ -76,12 +76,6 @@ class Classroom:
         view = self.views.get(row.id, -1)
         trust = 0.0 if view < 0 else self.trust if row.labelled else 1.0
         return Lesson(row, weight, ids, view, trust)
-
-
-def _cropped(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    return f"{text[: most * 2 // 3]} ... {text[-(most // 3) :]}"
 
 
 def _varied(text: str, rng: random.Random) -> str:

@@ -7,7 +7,6 @@ distilled student is cheaper with. What the teacher believes is computed once an
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,13 +23,13 @@ from guard_quantization.beliefs import Asker, Believer, believed
 from guard_quantization.comparison import READS
 from guard_quantization.data import Row
 from guard_quantization.distill import SAFE_ROW, UNSAFE_ROW, quantized_weights
-from guard_quantization.quantized import COMPANIONS
 from guard_quantization.streaming import load_llama
 from guard_quantization.tensors import (
     DTYPES,
     EMBEDDING,
     Entry,
     Tensors,
+    copy_companions,
     fresh_folder,
     layout,
     read_config,
@@ -278,7 +277,5 @@ def save_llama(model: LlamaForCausalLM, source: Path, folder: Path, head: Sequen
         dtype = tensors.entry(EMBEDDING).dtype
         entries = [Entry(name, shape, dtype) for name, shape in layout(config)]
         write_json(made / "config.json", config)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, made / name)
+        copy_companions(source, made)
         write_tensors(made, entries, lambda name: state[name].to("cpu", DTYPES[dtype]))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper
 
 from guard_quantization.graph import DATA_FILE, Graph
-from guard_quantization.int4 import Blocks
+from guard_quantization.int4 import Blocks, stack
 from guard_quantization.layers import Precision, embedding, linear
 
 __all__ = ["MODEL_FILE", "ExportError", "Precision", "Shape", "Weights", "export_graph"]
@@ -183,9 +183,8 @@ class _Decoder:
 
     def _matrix(self, name: str, *shape: int) -> Floats | Blocks:
         weight = self.weights[name]
-        found = (len(weight.codes), weight.columns) if isinstance(weight, Blocks) else weight.shape
-        if found != shape:
-            raise ExportError(f"{name} is {found}, config.json makes it {shape}")
+        if weight.shape != shape:
+            raise ExportError(f"{name} is {weight.shape}, config.json makes it {shape}")
         self.parameters += math.prod(shape)
         return weight
 
@@ -339,10 +338,8 @@ def _stacked(matrices: Sequence[Floats | Blocks], scale: float) -> Floats | Bloc
         return np.concatenate([floats[0] * np.float32(scale), *floats[1:]])
     if len(blocks) < len(matrices) or len({(b.bits, b.codes.shape[1:]) for b in blocks}) > 1:
         raise ExportError("matrices that read the same input must be quantized alike")
-    scales = [(blocks[0].scales * np.float32(scale)).astype(np.float16)]
-    scales += [one.scales for one in blocks[1:]]
-    codes = np.concatenate([one.codes for one in blocks])
-    return Blocks(codes, np.concatenate(scales), blocks[0].bits, blocks[0].columns)
+    scales = (blocks[0].scales * np.float32(scale)).astype(np.float16)
+    return stack([replace(blocks[0], scales=scales), *blocks[1:]])
 
 
 def _value(name: str, dims: list[int | str], kind: int = TensorProto.FLOAT) -> Any:

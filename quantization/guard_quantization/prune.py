@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from guard_quantization.tensors import (
     Entry,
     Tensors,
     check_tensors,
+    copy_companions,
     fresh_folder,
     layout,
     read_config,
@@ -43,10 +43,6 @@ from guard_quantization.tensors import (
 from guard_quantization.training import Report
 
 _SHORTEST = 8  # tokens that a row may be cut to
-_COMPANIONS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "LICENSE.txt", "USE_POLICY.md"),
-)
 
 
 class PruneError(ExportError):
@@ -179,9 +175,7 @@ class _Pruning:
         entries = self._entries()
         with fresh_folder(folder) as made, _shown(self.report, "writing", len(entries)) as done:
             write_json(made / "config.json", self.cut.config())
-            for name in _COMPANIONS:
-                if (self.tensors.folder / name).is_file():
-                    shutil.copyfile(self.tensors.folder / name, made / name)
+            copy_companions(self.tensors.folder, made)
             write_tensors(made, entries, partial(self.cut.read, self.tensors), done=done)
 
     def _depth(self, count: int, measured: Importance) -> Cut:

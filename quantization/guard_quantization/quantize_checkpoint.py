@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,14 +29,12 @@ from guard_quantization.int4 import Blocks, fake_quantize_rows, quantize_blocks
 from guard_quantization.layerwise import GROUPS, NORMS, Chunk, Passage, chunks
 from guard_quantization.quantize_plan import QuantizeError, QuantizePlan, select_rows
 from guard_quantization.quantized import (
-    COMPANIONS,
     FORMAT,
     MARK,
     QUANTIZATION_FILE,
     QuantizedCheckpoint,
     Shard,
     read_json,
-    write_json,
     write_shard,
 )
 from guard_quantization.rotation import FloatWeights, Rotated
@@ -48,8 +45,10 @@ from guard_quantization.tensors import (
     NORM,
     Tensors,
     check_tensors,
+    copy_companions,
     layout,
     read_config,
+    write_json,
 )
 from guard_quantization.training import Report
 
@@ -311,9 +310,7 @@ def _finish(source: Path, work: Path, config: Mapping[str, Any]) -> None:
         places |= dict.fromkeys(Shard(file, {}).names, file.name)
     write_json(work / INDEX_FILE, {"weight_map": places})
     write_json(work / "config.json", {**config, "tie_word_embeddings": False, **MARK})
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, work / name)
+    copy_companions(source, work)
 
 
 def _mib(files: Iterable[Path]) -> float:

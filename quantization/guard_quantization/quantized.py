@@ -26,20 +26,8 @@ QUANTIZATION_FILE = "quantization.json"
 MARK = {"quantization_config": {"layout": QUANTIZATION_FILE}}
 FORMAT = 1
 Floats = NDArray[np.float32]
-# Files beside the weights that go along into a quantized folder.
-COMPANIONS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "LICENSE.txt", "USE_POLICY.md"),
-)
 _PARTS = ("codes", "scales")
 _MOST_JSON = 64 << 20  # bytes
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write all of it or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    partial.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -29,6 +29,11 @@ from guard_quantization.hf import INDEX_FILE, SINGLE_FILE, Checkpoint
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SHARD_BYTES = 2**30
+# Files beside the weights that go along into a folder that is made of another.
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "LICENSE.txt", "USE_POLICY.md"),
+)
 _MOST = 2**20  # no size in a config is larger
 _MOST_CONFIG_BYTES = 2**20
 
@@ -267,9 +272,18 @@ def write_tensors(
         write_json(folder / INDEX_FILE, index)
 
 
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer and papers of a checkpoint; never code or weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """As Hugging Face writes its JSON."""
-    path.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    """As Hugging Face writes its JSON, all of it or nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    partial.replace(path)
 
 
 def _shards(entries: Iterable[Entry], most: int) -> list[list[Entry]]:

@@ -56,8 +56,8 @@ def run(
     if isinstance(read, CheckpointRecipe):
         _run_checkpoint(read, source, data, runs, teacher, last)
         return
-    from guard_quantization.pipeline import Pipeline
-    from guard_quantization.release import release
+    from guard_quantization.starter.pipeline import Pipeline
+    from guard_quantization.starter.release import release
 
     pipeline = Pipeline(read, data, runs, encoder or _packaged_encoder(), wordnet)
     pipeline.student()
@@ -76,8 +76,8 @@ def _run_checkpoint(
     teacher: str | None,
     last: str,
 ) -> None:
-    from guard_quantization.beliefs import open_teacher
-    from guard_quantization.checkpoint import STAGES, CheckpointPipeline
+    from guard_quantization.checkpoint.beliefs import open_teacher
+    from guard_quantization.checkpoint.pipeline import STAGES, CheckpointPipeline
 
     if source is None:
         raise ValueError("this recipe begins with a checkpoint: name its folder with --source")
@@ -96,8 +96,8 @@ def export(
     bits: Annotated[int, typer.Option(help="4, 8 or 32 bits per weight.")] = 4,
 ) -> None:
     """Make an artifact of a Llama Guard 3 1B checkpoint on this disk."""
-    from guard_quantization.export import Precision
-    from guard_quantization.hf import export_checkpoint
+    from guard_quantization.export.decoder import Precision
+    from guard_quantization.export.hf import export_checkpoint
 
     artifact = export_checkpoint(source, out, precision=Precision(bits=bits, embedding_bits=bits))
     typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
@@ -110,11 +110,11 @@ def random_checkpoint(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a checkpoint of Llama Guard 3 1B's geometry with random weights, to try a recipe on."""
-    from guard_quantization.random_checkpoint import (
+    from guard_quantization.checkpoint.random_weights import (
         LLAMA_GUARD_3_1B_CONFIG,
         write_random_checkpoint,
     )
-    from guard_quantization.tensors import layout
+    from guard_quantization.checkpoint.tensors import layout
     from guard_quantization.training import Report
 
     report = Report("writing", len(list(layout(LLAMA_GUARD_3_1B_CONFIG))))
@@ -144,7 +144,7 @@ def evaluate(
 ) -> None:
     """Judge labelled rows and print the figures as JSON."""
     from guard_quantization.data import probe_rows, read_folder
-    from guard_quantization.evaluate import by, category_figures, figures, score_rows
+    from guard_quantization.evaluation.evaluate import by, category_figures, figures, score_rows
     from guard_service.engines import open_engine
 
     rows = [row for row in read_folder(data) if row.split == split]

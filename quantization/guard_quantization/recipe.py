@@ -16,12 +16,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from guard_quantization.checkpoint.distill import DistillPlan
+from guard_quantization.checkpoint.prune import PrunePlan
+from guard_quantization.checkpoint.quantize_plan import QuantizePlan
 from guard_quantization.data import Share
-from guard_quantization.distill_checkpoint import DistillPlan
-from guard_quantization.export import Precision
+from guard_quantization.export.decoder import Precision
 from guard_quantization.llama import LlamaShape
-from guard_quantization.prune import PrunePlan
-from guard_quantization.quantize_plan import QuantizePlan
 
 
 class RecipeError(ValueError):

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3, Category
-from guard_quantization.export import Precision
+from guard_quantization.export.decoder import Precision
 from guard_service.artifact import Artifact, load, write_artifact
 from guard_service.conversation import Conversation, Image
 from guard_service.engines import Assessed, EngineFailed, open_engine

@@ -115,7 +115,7 @@ def test_an_image_cannot_be_judged_and_is_never_safe() -> None:
 def test_it_ranks_harm_above_harmless_requests_on_dev(engine: Engine) -> None:
     pytest.importorskip("sklearn")
     from guard_quantization.data import read_rows
-    from guard_quantization.evaluate import figures, score_rows
+    from guard_quantization.evaluation.evaluate import figures, score_rows
 
     files = ("prompts_harm.jsonl.gz", "prompts_safe.jsonl.gz")
     rows = [row for file in files for row in read_rows(SHARED / file) if row.split == "dev"]

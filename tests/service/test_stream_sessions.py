@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from guard_api.v1 import guard_pb2
 from guard_policies.loader import builtin_policies
 from guard_policies.taxonomy import LLAMA_GUARD_3
-from guard_quantization.export import Precision
+from guard_quantization.export.decoder import Precision
 from guard_service.artifact import Artifact
 from guard_service.batcher import Batcher, Limits
 from guard_service.conversation import Conversation

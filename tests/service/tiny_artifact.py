@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_quantization.export import Precision
-from guard_quantization.quantize import Release, make_artifact, verdict_tokens
+from guard_quantization.export.artifact import Release, make_artifact, verdict_tokens
+from guard_quantization.export.decoder import Precision
 from guard_service.artifact import Artifact
 from tests.quantization.verdict_tokenizer import verdict_tokenizer
 

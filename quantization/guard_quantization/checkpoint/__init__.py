@@ -1,0 +1,1 @@
+"""A checkpoint's stages: prune, distill, quantize, and what they stand on."""

@@ -1,0 +1,1 @@
+"""From weights to a served artifact: integer arithmetic, the ONNX graph, the sealed folder."""

@@ -1,0 +1,346 @@
+"""A Llama as an ONNX graph that reads verdicts: written node by node, weights streamed to disk.
+
+The graph scores a batch of rows that share one prefix, whose keys and values come from an earlier
+run ("snapshot"). Inputs and outputs, for B rows of L tokens, a prefix of P, R reads per row:
+
+    ids         int64 [B, L]                right-padded; nothing looks at padding
+    read        int64 [B, R]                positions in the row at which logits are wanted
+    past_k.i    float [1, kv_heads, P, d]   keys of layer i; P may be 0
+    past_v.i    float [1, kv_heads, P, d]
+    logits      float [B, R, H]             for the H head tokens only
+    present_k.i, present_v.i               of the rows, laid out as the past; free if not fetched
+
+Attention is plain operators, with the queries of a group folded into the length so that its keys
+are not repeated. A row's numbers do not depend on the other rows. In the last layer only the
+positions that are read have queries and an MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, TensorProto, helper
+
+from guard_quantization.export.graph import DATA_FILE, Graph
+from guard_quantization.export.int4 import Blocks, stack
+from guard_quantization.export.layers import Precision, embedding, linear
+
+__all__ = ["MODEL_FILE", "ExportError", "Precision", "Shape", "Weights", "export_graph"]
+
+Floats = NDArray[np.float32]
+MODEL_FILE = "model.onnx"
+_OPSET = 18
+_IR_VERSION = 9
+
+
+class ExportError(ValueError):
+    """A checkpoint that this exporter cannot turn into a graph; the text says why."""
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face names, read one at a time; matrices may be quantized."""
+
+    def __getitem__(self, name: str, /) -> Floats | Blocks: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the graph needs of a Hugging Face Llama config."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    eps: float
+    tied: bool
+    frequencies: tuple[float, ...]  # rotary, [head_dim / 2]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Read config.json. Raises ExportError for what is not a plain Llama."""
+        for key, wanted in (
+            ("model_type", "llama"),
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("mlp_bias", False),
+        ):
+            if config.get(key, wanted) != wanted:
+                raise ExportError(f"config.json: {key} is {config[key]!r}, must be {wanted!r}")
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(
+            hidden=config["hidden_size"],
+            mlp=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            vocab=config["vocab_size"],
+            eps=config.get("rms_norm_eps", 1e-6),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            frequencies=tuple(rotary_frequencies(config, head_dim).tolist()),
+        )
+
+
+def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
+    """Angle per position of each rotated pair, with Llama 3's scaling of long wavelengths.
+
+    Wavelengths above original_max / low are stretched by `factor`, those below original_max / high
+    are kept, and between them the two are blended (Llama 3.1's published rule).
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    theta = np.float32(config.get("rope_theta", 10000.0))
+    plain: Floats = (1.0 / theta**exponents).astype(np.float32)
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return plain
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "default":
+        return plain
+    if kind != "llama3":
+        raise ExportError(f"config.json: rope_scaling type {kind!r} is not supported")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    scaled: Floats = ((1 - blend) * plain / scaling["factor"] + blend * plain).astype(np.float32)
+    return scaled
+
+
+def export_graph(
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Weights,
+    head: Sequence[int] | None,
+    precision: Precision,
+) -> int:
+    """Write model.onnx and model.onnx.data into `folder`; returns how many parameters they hold.
+
+    `head` are the token ids whose logits are wanted, in order; None when the checkpoint's output
+    layer is already cut to them. Holds one layer of float weights at a time. Raises ExportError for
+    weights that do not fit the config, FileExistsError when there is a model already.
+    """
+    shape = Shape.of(config)
+    if (folder / MODEL_FILE).exists() or (folder / DATA_FILE).exists():
+        raise FileExistsError(f"{folder} already holds a model")
+    with (folder / DATA_FILE).open("wb") as data:
+        decoder = _Decoder(shape, weights, precision, Graph(data))
+        graph = decoder.build(head)
+    model = helper.make_model(
+        graph,
+        producer_name="guard_quantization",
+        ir_version=_IR_VERSION,
+        opset_imports=[
+            helper.make_opsetid("", _OPSET),
+            helper.make_opsetid("com.microsoft", 1),
+        ],
+    )
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    return decoder.parameters
+
+
+class _Decoder:
+    """Writes the nodes of one Llama into a graph."""
+
+    def __init__(self, shape: Shape, weights: Weights, precision: Precision, graph: Graph) -> None:
+        self.shape, self.weights, self.precision, self.g = shape, weights, precision, graph
+        self.parameters = 0
+
+    def build(self, head: Sequence[int] | None) -> GraphProto:
+        """All nodes, from ids to logits."""
+        g, s = self.g, self.shape
+        self._geometry()
+        name = "model.embed_tokens.weight"
+        table = self._matrix(name, s.vocab, s.hidden)
+        x = embedding(g, "ids", name, table, self.precision)
+        del table  # the largest of all
+        outputs = []
+        inputs = [
+            _value("ids", ["B", "L"], TensorProto.INT64),
+            _value("read", ["B", "R"], TensorProto.INT64),
+        ]
+        for layer in range(s.layers):
+            last = layer == s.layers - 1
+            x = self._layer(layer, x, last)
+            for kind in "kv":
+                inputs.append(_value(f"past_{kind}.{layer}", [1, s.kv_heads, "P", s.head_dim]))
+                outputs.append(
+                    _value(f"present_{kind}.{layer}", ["B", s.kv_heads, "L", s.head_dim])
+                )
+        rows = self._head_rows(head)
+        matrix = g.constant("lm_head", rows.T)
+        g.op("MatMul", self._norm(x, "model.norm.weight"), matrix, out="logits")
+        logits = _value("logits", ["B", "R", len(rows)])
+        return helper.make_graph(g.nodes, "guard", inputs, [logits, *outputs], g.initializers)
+
+    def _matrix(self, name: str, *shape: int) -> Floats | Blocks:
+        weight = self.weights[name]
+        if weight.shape != shape:
+            raise ExportError(f"{name} is {weight.shape}, config.json makes it {shape}")
+        self.parameters += math.prod(shape)
+        return weight
+
+    def _take(self, name: str, *shape: int) -> Floats:
+        weight = self._matrix(name, *shape)
+        if isinstance(weight, Blocks):
+            raise ExportError(f"{name} is quantized; it must be stored in float")
+        return weight
+
+    def _head_rows(self, head: Sequence[int] | None) -> Floats:
+        name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
+        matrix = self.weights[name]
+        if isinstance(matrix, Blocks):  # a tied table: the few rows that are read are float again
+            matrix = matrix.dequantize()
+        if matrix.ndim != 2 or matrix.shape[1] != self.shape.hidden:
+            raise ExportError(f"{name} is {matrix.shape}, config.json wants {self.shape.hidden}")
+        if head is None:
+            rows = matrix
+        elif max(head) < len(matrix):
+            rows = matrix[np.array(head)]
+        else:
+            raise ExportError(f"{name} has no row {max(head)}")
+        self.parameters += rows.size
+        return rows
+
+    def _geometry(self) -> None:
+        """Rotary tables of this run's positions, the causal mask and the mask of the reads."""
+        g = self.g
+        shape = g.op("Shape", "ids")
+        self.rows = g.op(
+            "Concat", g.op("Slice", shape, g.ints(0), g.ints(1)), g.ints(1, 1, 1), axis=0
+        )
+        length = g.op("Gather", shape, g.scalar(1, np.int64))
+        past = g.op("Gather", g.op("Shape", "past_v.0"), g.scalar(2, np.int64))
+        own = g.op(
+            "Range", past, g.op("Add", past, length), g.scalar(1, np.int64)
+        )  # positions: [L]
+        place = g.op("Unsqueeze", g.op("Cast", own, to=TensorProto.FLOAT), g.ints(1))
+        frequencies = g.constant("rotary", np.array([self.shape.frequencies], np.float32))
+        angles = g.op("Mul", place, frequencies)  # [L, d/2]
+        self.cos, self.sin = g.op("Cos", angles), g.op("Sin", angles)
+        seen = g.op(
+            "Range", g.scalar(0, np.int64), g.op("Add", past, length), g.scalar(1, np.int64)
+        )  # [P + L]
+        self.mask = self._masked(seen, own, 1)  # [group * L, P + L]
+        self.read_mask = self._masked(
+            seen, g.op("Add", "read", past), 1, 3
+        )  # [B, 1, group * R, ...]
+        self.read_index = g.op("Unsqueeze", "read", g.ints(2))
+
+    def _masked(self, seen: str, positions: str, *axes: int) -> str:
+        """0 where a position may look, far below elsewhere; once for each query of a group."""
+        g = self.g
+        columns = g.op("Unsqueeze", positions, g.ints(*axes))
+        allowed = g.op("LessOrEqual", seen, columns)
+        mask = g.op("Where", allowed, g.scalar(0), g.scalar(-1e9))
+        group = self.shape.heads // self.shape.kv_heads
+        return g.op("Concat", *[mask] * group, axis=-2)
+
+    def _norm(self, x: str, name: str) -> str:
+        scale = self.g.constant(name, self._take(name, self.shape.hidden))
+        return self.g.op("SimplifiedLayerNormalization", x, scale, epsilon=self.shape.eps, axis=-1)
+
+    def _linear(self, x: str, name: str, *parts: str, scale: float = 1.0) -> str:
+        """x times the transposes of the named weights, side by side; `scale` is for the first."""
+        matrices = [self._matrix(f"{part}.weight", *self._sizes(part)) for part in parts]
+        return linear(self.g, x, name, _stacked(matrices, scale), self.precision)
+
+    def _sizes(self, part: str) -> tuple[int, int]:
+        s = self.shape
+        wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        return {
+            "q_proj": (wide, s.hidden),
+            "k_proj": (narrow, s.hidden),
+            "v_proj": (narrow, s.hidden),
+            "o_proj": (s.hidden, wide),
+            "gate_proj": (s.mlp, s.hidden),
+            "up_proj": (s.mlp, s.hidden),
+            "down_proj": (s.hidden, s.mlp),
+        }[part.rpartition(".")[2]]
+
+    def _layer(self, layer: int, x: str, last: bool) -> str:
+        """One decoder layer; the last one only continues the positions that are read."""
+        g, at = self.g, f"model.layers.{layer}"
+        normed = self._norm(x, f"{at}.input_layernorm.weight")
+        query, key, value = self._query_key_value(layer, normed, last)
+        mask = self.read_mask if last else self.mask
+        attended = self._attend(layer, query, key, value, mask)
+        if last:
+            x = g.op("GatherND", x, self.read_index, batch_dims=1)
+        x = g.op("Add", x, self._linear(attended, f"{at}.o", f"{at}.self_attn.o_proj"))
+        normed = self._norm(x, f"{at}.post_attention_layernorm.weight")
+        mlp = f"{at}.mlp"
+        both = self._linear(normed, f"{mlp}.gate_up", f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        gate, up = g.ops("Split", 2, both, axis=-1, num_outputs=2)
+        gated = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+        return g.op("Add", x, self._linear(gated, f"{mlp}.down", f"{mlp}.down_proj"))
+
+    def _query_key_value(self, layer: int, x: str, last: bool) -> tuple[str, str, str]:
+        """Rotated query [B, kv, group * Q, d], rotated key and value [B, kv, L, d]."""
+        g, s, at = self.g, self.shape, f"model.layers.{layer}.self_attn"
+        wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        scale = s.head_dim**-0.5
+        names = [f"{at}.{kind}_proj" for kind in "qkv"]
+        if last:
+            read = g.op("GatherND", x, self.read_index, batch_dims=1)
+            query = self._rotate(self._linear(read, f"{at}.q", names[0], scale=scale), "read")
+            both = self._linear(x, f"{at}.kv", *names[1:])
+            key, value = g.ops("Split", 2, both, g.ints(narrow, narrow), axis=-1)
+            key = self._rotate(key, g.ints(0))
+        else:
+            all_three = self._linear(x, f"{at}.qkv", *names, scale=scale)
+            turned, value = g.ops("Split", 2, all_three, g.ints(wide + narrow, narrow), axis=-1)
+            turned = self._rotate(turned, g.ints(0))
+            query, key = g.ops("Split", 2, turned, g.ints(wide, narrow), axis=-1)
+        group = s.heads // s.kv_heads
+        query = g.op("Reshape", query, g.ints(0, 0, s.kv_heads, group, s.head_dim))
+        key = g.op("Reshape", key, g.ints(0, 0, s.kv_heads, s.head_dim))
+        value = g.op("Reshape", value, g.ints(0, 0, s.kv_heads, s.head_dim))
+        query = g.op("Transpose", query, perm=[0, 2, 3, 1, 4])
+        return (
+            g.op("Reshape", query, g.ints(0, 0, -1, s.head_dim)),
+            g.op("Transpose", key, perm=[0, 2, 1, 3], out=f"present_k.{layer}"),
+            g.op("Transpose", value, perm=[0, 2, 1, 3], out=f"present_v.{layer}"),
+        )
+
+    def _rotate(self, x: str, positions: str) -> str:
+        return self.g.op(
+            "RotaryEmbedding", x, positions, self.cos, self.sin, domain="com.microsoft"
+        )
+
+    def _attend(self, layer: int, query: str, key: str, value: str, mask: str) -> str:
+        """Softmax attention over the prefix and the row's own positions: [B, Q, heads * d]."""
+        g, s = self.g, self.shape
+        past = [g.op("Expand", f"past_{kind}.{layer}", self.rows) for kind in "kv"]
+        keys = g.op("Concat", past[0], key, axis=2)  # [B, kv, P + L, d]
+        values = g.op("Concat", past[1], value, axis=2)
+        scores = g.op("FusedMatMul", query, keys, domain="com.microsoft", transB=1)
+        scores = g.op("Add", scores, mask)  # [B, kv, group * Q, P + L]
+        mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
+        mixed = g.op("Reshape", mixed, g.ints(0, 0, s.heads // s.kv_heads, -1, s.head_dim))
+        mixed = g.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
+        return g.op("Reshape", mixed, g.ints(0, 0, -1))
+
+
+def _stacked(matrices: Sequence[Floats | Blocks], scale: float) -> Floats | Blocks:
+    """Matrices one above the other; `scale` multiplies the first."""
+    blocks = [matrix for matrix in matrices if isinstance(matrix, Blocks)]
+    if not blocks:
+        floats = [matrix for matrix in matrices if not isinstance(matrix, Blocks)]
+        return np.concatenate([floats[0] * np.float32(scale), *floats[1:]])
+    if len(blocks) < len(matrices) or len({(b.bits, b.codes.shape[1:]) for b in blocks}) > 1:
+        raise ExportError("matrices that read the same input must be quantized alike")
+    scales = (blocks[0].scales * np.float32(scale)).astype(np.float16)
+    return stack([replace(blocks[0], scales=scales), *blocks[1:]])
+
+
+def _value(name: str, dims: list[int | str], kind: int = TensorProto.FLOAT) -> Any:
+    return helper.make_tensor_value_info(name, kind, dims)

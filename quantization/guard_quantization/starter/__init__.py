@@ -1,0 +1,1 @@
+"""The starter guard: its tokenizer, teacher, student and release."""

@@ -1,0 +1,107 @@
+"""Two guards on the same rows: differences, agreement, the rows that moved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guard_quantization.data import Row
+from guard_quantization.evaluation.compare import (
+    compare,
+    compare_artifacts,
+    compare_score_files,
+    differences,
+)
+from guard_service.evaluation.figures import Judged, figures
+from guard_service.evaluation.rows import DataError
+from tests.service.labelled import noisy, row, scores
+
+
+def test_guard_compared_with_itself_differs_in_nothing() -> None:
+    rows, said = noisy(80)
+    found = compare(rows, said, said)
+    json.dumps(found, allow_nan=False)
+    assert all(one["difference"] == 0 for one in found["figures"].values())
+    assert found["verdicts"]["agreement"] == 1.0
+    assert found["unsafe_score"] == {"max": 0.0, "p99": 0.0, "mean": 0.0, "shift": 0.0}
+    assert found["categories"]["agreement"] == 1.0
+    assert found["figures"]["auroc"]["interval"] == [None, None]  # no resample differs
+
+
+def test_distances_flips_and_worst_rows_are_those_that_were_made() -> None:
+    rows = [row(n, n < 2) for n in range(4)]
+    found = compare(rows, scores([0.9, 0.6, 0.4, 0.1]), scores([0.8, 0.2, 0.6, 0.1]), worst=2)
+    assert found["unsafe_score"]["max"] == pytest.approx(0.4)
+    assert found["unsafe_score"]["mean"] == pytest.approx(0.175)
+    assert found["unsafe_score"]["shift"] == pytest.approx(-0.075)
+    assert (found["verdicts"]["to_unsafe"], found["verdicts"]["to_safe"]) == (1, 1)
+    assert found["verdicts"]["agreement"] == 0.5
+    assert [one["id"] for one in found["worst"]] == ["r1", "r2"]
+    assert set(found["worst"][0]) == {"file", "id", "label", "reference", "other"}
+
+
+def test_paired_interval_is_narrower_than_those_of_the_guards_alone() -> None:
+    rows, said = noisy(400)
+    rng = np.random.default_rng(1)
+    moved = np.clip(said.unsafe + rng.normal(0, 0.02, 400), 0, 1)
+    found = compare(rows, said, replace(said, unsafe=moved))["figures"]["auroc"]
+    low, high = found["interval"]
+    assert low <= found["difference"] <= high
+    labels = np.array([one.unsafe for one in rows])
+    alone: Any = figures(Judged(labels, said.unsafe, said.unsafe >= 0.5))["intervals"]
+    assert high - low < (alone["auroc"][1] - alone["auroc"][0]) / 2
+
+
+def test_guard_that_is_really_worse_has_an_interval_below_zero() -> None:
+    rows, good = noisy(400, shift=2.0)
+    _, bad = noisy(400, seed=1, shift=0.5)
+    found = compare(rows, good, bad)
+    assert found["figures"]["auroc"]["interval"][1] < 0
+    assert found["figures"]["brier"]["interval"][0] > 0
+    assert found["by"]["language"]["de"]["figures"]["auroc"]["difference"] < 0
+    assert found["by"]["language"]["de"]["rows"] == 200
+
+
+def test_few_rows_have_differences_without_an_interval() -> None:
+    labels = np.array([True, False] * 4)
+    one = Judged(labels, np.linspace(0, 1, 8), labels)
+    found = differences(one, Judged(labels, np.linspace(1, 0, 8), labels))
+    assert found["auroc"]["difference"] != 0 and np.isnan(found["auroc"]["interval"]).all()
+
+
+def test_rows_that_one_guard_did_not_judge_are_left_out_and_told() -> None:
+    rows, said = noisy(40)
+    other = replace(said, failures={3: "TOO_LONG"})
+    found = compare(rows, replace(said, failures={0: "X", 1: "X"}), other)
+    assert found["judged_by_both"] == 37
+    assert found["unjudged"] == {"reference": 2, "other": 1}
+
+
+def test_score_files_must_be_of_the_rows(tmp_path: Path) -> None:
+    rows = [row(n, n == 0) for n in range(2)]
+
+    def write(name: str, *ids: str) -> Path:
+        common = {"action": "allow", "unsafe_score": 0.25, "scores": {}, "error": None}
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"id": one, **common}) + "\n" for one in ids))
+        return path
+
+    same = write("same", "r0", "r1")
+    assert compare_score_files(same, same, rows)["judged_by_both"] == 2
+    with pytest.raises(DataError, match="other:2: belongs to other rows"):
+        compare_score_files(same, write("other", "r0", "r9"), rows)
+
+
+def test_artifacts_are_named_with_their_digests() -> None:
+    rows = [
+        Row(str(n), (("user", f"text {n}"),), n == 0, (), "en", "s", "f", "dev") for n in (0, 1)
+    ]
+    found = compare_artifacts("fake", "fake", rows)
+    assert found["reference"] == found["other"]
+    assert found["reference"]["digest"].startswith("sha256:")
+    assert found["verdicts"]["agreement"] == 1.0

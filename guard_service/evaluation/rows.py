@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -66,30 +66,31 @@ def data_files(place: Path) -> list[Path]:
 
 
 def read_rows(
-    files: Sequence[Path], split: str = ""
+    files: Sequence[Path],
+    split: str = "",
+    check: Callable[[Mapping[str, Any]], None] = lambda line: None,
 ) -> Iterator[tuple[LabelledRow, dict[str, Any]]]:
     """Each row and the line it was made of, in order; with `split`, rows of that split only.
 
-    Raises DataError for a line outside the schema, at that line.
+    Raises DataError for a line outside the schema, at that line; and for one that `check`, which
+    sees lines within it, refuses with a ValueError.
     """
     for path in files:
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         for number, raw in read_lines(path):
             try:
                 line = json.loads(raw)
-                if not split or line["split"] == split:
-                    yield _row(line, name), line
+                if split and line["split"] != split:
+                    continue
+                row = _row(line, name)
+                check(line)
             except KeyError as missing:
                 raise DataError(f"{path}:{number}: the row has no {missing.args[0]!r}") from None
-            except (
-                TypeError,
-                RecursionError,
-                json.JSONDecodeError,
-                UnicodeDecodeError,
-            ):
+            except (TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
                 raise DataError(f"{path}:{number}: not a labelled row in JSON") from None
             except ValueError as wrong:
                 raise DataError(f"{path}:{number}: {wrong}") from None
+            yield row, line
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

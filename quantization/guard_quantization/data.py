@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,10 +15,8 @@ from typing import Any
 import yaml
 
 from guard_policies.assessment import Direction
-
-
-class DataError(ValueError):
-    """A data file does not follow the schema; the text names the file and the line."""
+from guard_service.evaluation.rows import data_files
+from guard_service.evaluation.rows import read_rows as read_labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,43 +40,41 @@ class Row:
         return Direction.RESPONSE if self.turns[-1][0] == "assistant" else Direction.PROMPT
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a .jsonl or .jsonl.gz file. Raises DataError for a line outside the schema."""
-    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    rows = []
-    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
-        try:
-            rows.append(_row(json.loads(line), name))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a labelled row: {error!r}") from error
-    return rows
+def read_rows(*files: Path) -> list[Row]:
+    """Rows of .jsonl and .jsonl.gz files, with their texts.
+
+    Raises DataError for a line outside the schema, and for one without texts or a split.
+    """
+    return [
+        Row(
+            id=row.id,
+            turns=tuple((turn["role"], turn["content"]) for turn in line["messages"]),
+            unsafe=row.unsafe,
+            categories=row.categories,
+            language=row.language,
+            source=row.source,
+            file=row.file,
+            split=line["split"],
+            group=row.group,
+        )
+        for row, line in read_labelled(files, check=_check)
+    ]
 
 
-def _row(item: dict[str, Any], file: str) -> Row:
-    if item["label"] not in ("safe", "unsafe"):
-        raise ValueError("label must be safe or unsafe")
-    categories = item["categories"]
-    return Row(
-        id=item["id"],
-        turns=tuple((turn["role"], turn["content"]) for turn in item["messages"]),
-        unsafe=item["label"] == "unsafe",
-        categories=None if categories is None else tuple(categories),
-        language=item["language"],
-        source=item["source"],
-        file=file,
-        split=item["split"],
-        group=item.get("group", ""),
-    )
+def _check(line: Mapping[str, Any]) -> None:
+    """What must be there to train on a row, or to judge it here. Raises ValueError, KeyError."""
+    if not isinstance(line["split"], str):
+        raise ValueError("split must be a text")
+    for turn in line["messages"]:
+        if turn["role"] not in ("user", "assistant"):
+            raise ValueError("messages must be the user's or the assistant's")
+        if not isinstance(turn["content"], str):
+            raise ValueError("content of messages must be a text")
 
 
 def read_folder(folder: Path) -> list[Row]:
     """Rows of every data file in a folder, in the order of the file names."""
-    paths = sorted([*folder.glob("*.jsonl.gz"), *folder.glob("*.jsonl")])
-    if not paths:
-        raise DataError(f"{folder}: no .jsonl or .jsonl.gz file here")
-    return [row for path in paths for row in read_rows(path)]
+    return read_rows(*data_files(folder))
 
 
 def probe_rows() -> list[Row]:

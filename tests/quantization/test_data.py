@@ -12,7 +12,6 @@ import pytest
 from guard_policies.assessment import Direction
 from guard_policies.taxonomy import BY_CODE
 from guard_quantization.data import (
-    DataError,
     Row,
     Share,
     contrast_rows,
@@ -20,14 +19,17 @@ from guard_quantization.data import (
     read_folder,
     sample_epoch,
 )
+from guard_service.evaluation.rows import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+HELLO = [{"role": "user", "content": "hello"}]
 
 
 def item(**changes: object) -> dict[str, object]:
     base: dict[str, object] = {
         "id": "a-1",
-        "messages": [{"role": "user", "content": "hello"}],
+        "messages": HELLO,
         "target_role": "user",
         "label": "safe",
         "categories": [],
@@ -59,10 +61,27 @@ def test_an_unknown_code_stays_unknown_and_is_not_none_of_them(tmp_path: Path) -
     assert read_folder(tmp_path)[0].categories is None
 
 
-@pytest.mark.parametrize("broken", ["not json", "{}", json.dumps(item(label="maybe"))])
-def test_a_broken_line_is_named(tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("not json", "not a labelled row in JSON"),
+        ("{}", "the row has no 'label'"),
+        (json.dumps(item(label="maybe")), "label must be safe or unsafe"),
+        (json.dumps(item(split=3)), "split must be a text"),
+        (json.dumps(item(messages=[{"role": "user"}])), "the row has no 'content'"),
+        (
+            json.dumps(item(messages=[{"role": "user", "content": ["secret"]}])),
+            "content of messages must be a text",
+        ),
+        (
+            json.dumps(item(messages=[{"role": "system", "content": ""}, *HELLO])),
+            "messages must be the user's or the assistant's",
+        ),
+    ],
+)
+def test_a_broken_line_is_named_and_not_quoted(tmp_path: Path, broken: str, said: str) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps(item()) + "\n" + broken + "\n")
-    with pytest.raises(DataError, match=r"one\.jsonl:2"):
+    with pytest.raises(DataError, match=rf"one\.jsonl:2: {said}$"):
         read_folder(tmp_path)
 
 

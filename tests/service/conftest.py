@@ -1,8 +1,8 @@
-"""Servers for the service's tests."""
+"""Servers for the service's tests: the real one, and a fake one for what asks a guard."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from guard_service.config import Settings
 from guard_service.engines import Engine
 from guard_service.engines.fake import FakeEngine
 from guard_service.server import GuardServer
+from tests.middleware.fake_service import FakeService, serving, socket_in
 from tests.service.asking import Running
 
 RunGuard = Callable[..., Awaitable[Running]]
@@ -49,3 +50,16 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
 async def guard(run_guard: RunGuard) -> Running:
     """A server as it comes, with the fake engine."""
     return await run_guard()
+
+
+@pytest.fixture
+def service() -> FakeService:
+    """The guard behind `server`; a module that wants other answers has a fixture of its own."""
+    return FakeService()
+
+
+@pytest.fixture
+def server(service: FakeService, tmp_path: Path) -> Iterator[list[str]]:
+    """Options of guardctl that name a running guard."""
+    with serving(service, socket_in(tmp_path)) as target:
+        yield ["--server", target]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,7 @@ from guard_service.cli.app import app
 from guard_service.cli.bulk_lines import MAX_LINE_BYTES, read_record, read_records
 from guard_service.cli.bulk_output import NotResumable, open_output
 from guard_service.cli.pace import Pace, Stopped
-from tests.middleware.fake_service import (
-    Answer,
-    FakeService,
-    Refusal,
-    serving,
-    socket_in,
-    verdict,
-)
+from tests.middleware.fake_service import Answer, FakeService, Refusal, verdict
 
 RUN = CliRunner()
 FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_after_s=0.01)
@@ -46,12 +38,6 @@ def score_in_text(request: guard_pb2.ClassifyRequest) -> Answer:
 @pytest.fixture
 def service() -> FakeService:
     return FakeService(answer=score_in_text)
-
-
-@pytest.fixture
-def server(service: FakeService, tmp_path: Path) -> Iterator[list[str]]:
-    with serving(service, socket_in(tmp_path)) as target:
-        yield ["--server", target]
 
 
 def lines_in(count: int) -> list[dict[str, Any]]:

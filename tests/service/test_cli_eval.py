@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,7 @@ from typer.testing import CliRunner
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service.cli.app import app
-from tests.middleware.fake_service import (
-    Answer,
-    FakeService,
-    Refusal,
-    serving,
-    socket_in,
-    verdict,
-)
+from tests.middleware.fake_service import Answer, FakeService, Refusal, verdict
 
 RUN = CliRunner()
 TOO_LONG = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "CONVERSATION_TOO_LONG", details="too long")
@@ -40,12 +32,6 @@ def by_the_number(request: guard_pb2.ClassifyRequest) -> Answer:
 @pytest.fixture
 def service() -> FakeService:
     return FakeService(answer=by_the_number)
-
-
-@pytest.fixture
-def server(service: FakeService, tmp_path: Path) -> Iterator[list[str]]:
-    with serving(service, socket_in(tmp_path)) as target:
-        yield ["--server", target]
 
 
 @pytest.fixture

@@ -58,7 +58,9 @@ def _run(settings: Settings) -> int:
     except PolicyError as error:
         return _fail("a policy is broken", [str(p) for p in error.problems], USAGE)
     try:
-        engine = open_engine(settings.model, settings.engine_threads)
+        engine = open_engine(
+            settings.model, settings.engine_threads, session_bytes=settings.session_bytes
+        )
     except (ArtifactError, EngineFailed, OSError) as error:
         return _fail("the model cannot be loaded", [str(error)], FAILED)
     try:

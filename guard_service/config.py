@@ -59,6 +59,9 @@ class Settings:
     max_queue_tokens: int = _knob(131_072, "tokens waiting for the engine", 1)
     batch_tokens: int = _knob(2_048, "tokens of one engine run, padding included", 1)
     batch_items: int = _knob(32, "prompts of one engine run", 1, 4_096)
+    session_bytes: int = _knob(
+        512 * MIB, "of all growing replies; one crowded out costs time; 0 keeps none"
+    )
 
     default_deadline_s: float = _knob(30.0, "for calls that set none", 0.001, 86_400)
     max_deadline_s: float = _knob(300.0, "longer deadlines are cut to this", 0.001, 86_400)

@@ -64,6 +64,10 @@ class Metrics:
         self.cache_entries = gauge("verdict_cache_entries", "Verdicts remembered.")
         self.queue_items = gauge("queue_items", "Prompts that wait for the engine.")
         self.queue_tokens = gauge("queue_tokens", "Tokens that wait for the engine.")
+        self.session_bytes = gauge("session_bytes", "Memory that growing replies hold.")
+        self.sessions_crowded_out = counter(
+            "sessions_crowded_out", "States of growing replies dropped for want of session_bytes."
+        )
         self.model_info = gauge(
             "model_info", "The loaded model.", "name", "digest", "engine", "template"
         )

@@ -76,6 +76,7 @@ class GuardServer:
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._live = True
+        self._crowded_out = 0
 
     async def start(self) -> None:
         """Bind, check the model against its golden prompts, then take calls.
@@ -157,6 +158,9 @@ class GuardServer:
     def _ran(self, items: int, seconds: float) -> None:
         self._metrics.batch_items.observe(items)
         self._metrics.inference_seconds.observe(seconds)
+        crowded_out = self._engine.sessions_crowded_out
+        self._metrics.sessions_crowded_out.inc(crowded_out - self._crowded_out)
+        self._crowded_out = crowded_out
 
     def _serve_http(self) -> HttpServer:
         settings = self.settings
@@ -178,6 +182,7 @@ class GuardServer:
             ).set(1)
         metrics.queue_items.set_function(lambda: self.batcher.queued_items)
         metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
+        metrics.session_bytes.set_function(lambda: self._engine.session_bytes)
         metrics.started.set(started_at.ToNanoseconds() / 1e9)
         metrics.ready.set(0)
 
@@ -251,7 +256,9 @@ def local_server(settings: Settings) -> Iterator[str]:
             tls_key=None,
             tls_client_ca=None,
         )
-        engine = open_engine(private.model, private.engine_threads)
+        engine = open_engine(
+            private.model, private.engine_threads, session_bytes=private.session_bytes
+        )
         try:
             server = GuardServer(private, engine, loaded_policies(private))
             with _in_thread(server):

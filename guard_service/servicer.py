@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +65,17 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         """Judge a reply while it grows."""
         settings = self.settings
         bounds = StreamBounds(self._sizes, settings.max_conversation_chars, settings.stream_idle_s)
-        async for covered in judged(
+        verdicts = judged(
             request_iterator, self.moderator, bounds, lambda: self._timeout_s(context)
-        ):
-            CALL.get().note(covered.judgement)
-            yield guard_pb2.ClassifyStreamResponse(
-                verdict=verdict_of(covered.judgement),
-                covered_chars=covered.chars,
-                final=covered.final,
-            )
+        )
+        async with aclosing(verdicts):  # a caller who is gone holds nothing any more
+            async for covered in verdicts:
+                CALL.get().note(covered.judgement)
+                yield guard_pb2.ClassifyStreamResponse(
+                    verdict=verdict_of(covered.judgement),
+                    covered_chars=covered.chars,
+                    final=covered.final,
+                )
 
     async def ListPolicies(
         self, request: guard_pb2.ListPoliciesRequest, context: Context

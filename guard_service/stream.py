@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
 from guard_api.v1 import guard_pb2
@@ -42,7 +42,7 @@ class Covered:
 
 async def judged(
     steps: Steps, moderator: Moderator, bounds: StreamBounds, timeout_s: Callable[[], float]
-) -> AsyncIterator[Covered]:
+) -> AsyncGenerator[Covered]:
     """Verdicts at the policy's cadence, where a piece asks for one, and on the whole reply.
 
     Pieces that arrive while a verdict is being made are judged together, up to one that asks for a

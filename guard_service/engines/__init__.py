@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from guard_policies.assessment import Assessment
+from guard_service.artifact import load
 from guard_service.prompt import Prompt, PromptBuilder
 
 STARTER = "starter"
 FAKE = "fake"
+SESSION_BYTES = 512 * 2**20  # at the size of a 1B guard, 10,000 tokens
 
 
 class EngineFailed(RuntimeError):
@@ -83,6 +85,16 @@ class Engine(Protocol):
         """For a conversation that grows; None when the engine judges each step of it whole."""
         return None
 
+    @property
+    def session_bytes(self) -> int:
+        """Memory that the states of sessions take now."""
+        return 0
+
+    @property
+    def sessions_crowded_out(self) -> int:
+        """How often a session's state was dropped for want of room, and had to be made anew."""
+        return 0
+
     def self_test(self) -> None:
         """Score the artifact's golden prompts; raises EngineFailed when they differ."""
         ...
@@ -92,9 +104,15 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(model: str | Path, threads: int = 1, prefix_cache: bool = True) -> Engine:
+def open_engine(
+    model: str | Path,
+    threads: int = 1,
+    prefix_cache: bool = True,
+    session_bytes: int = SESSION_BYTES,
+) -> Engine:
     """Load a model: "starter" (in this package), "fake" (for tests), or an artifact folder.
 
+    `session_bytes` bounds what is kept of growing conversations, all of them together.
     Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
     loaded. Ready to serve only once `self_test` has passed.
     """
@@ -104,8 +122,11 @@ def open_engine(model: str | Path, threads: int = 1, prefix_cache: bool = True) 
         return FakeEngine()
     from guard_service.engines.onnx import OnnxEngine  # heavy, and needed by this choice only
 
+    def opened(folder: Path) -> Engine:
+        return OnnxEngine(load(folder), threads, prefix_cache, session_bytes=session_bytes)
+
     if model == STARTER:
         starter = resources.files("guard_service") / "models" / STARTER
         with resources.as_file(starter) as folder:
-            return OnnxEngine.open(folder, threads, prefix_cache)
-    return OnnxEngine.open(Path(model), threads, prefix_cache)
+            return opened(folder)
+    return opened(Path(model))

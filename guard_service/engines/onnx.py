@@ -15,7 +15,14 @@ from guard_policies.assessment import Assessment
 from guard_policies.taxonomy import BY_CODE, Category
 from guard_service.artifact import Artifact, load
 from guard_service.conversation import Conversation
-from guard_service.engines import Assessed, Engine, EngineFailed, ModelCard, Session
+from guard_service.engines import (
+    SESSION_BYTES,
+    Assessed,
+    Engine,
+    EngineFailed,
+    ModelCard,
+    Session,
+)
 from guard_service.engines.graph_files import UnreadableGraph, graph_files
 from guard_service.engines.sessions import SnapshotSession
 from guard_service.engines.snapshots import Past, Snapshot, Snapshots
@@ -24,7 +31,6 @@ from guard_service.prompt import Prompt, PromptBuilder
 from guard_service.tokenizer import load_tokenizer
 
 _SNAPSHOT_BYTES = 256 * 2**20
-_SESSION_BYTES = 512 * 2**20  # of all sessions: at the size of a 1B guard, 10,000 tokens
 _BATCH_TOKENS = 2048  # of one run, padding included: bounds memory
 _PADDING_SHARE = 0.2  # of a run's tokens, at most
 
@@ -46,7 +52,7 @@ class OnnxEngine(Engine):
         threads: int = 1,
         prefix_cache: bool = True,
         snapshot_bytes: int = _SNAPSHOT_BYTES,
-        session_bytes: int = _SESSION_BYTES,
+        session_bytes: int = SESSION_BYTES,
     ) -> None:
         """Raises EngineFailed when the graph cannot be loaded or does not fit the manifest."""
         manifest = artifact.manifest
@@ -103,6 +109,11 @@ class OnnxEngine(Engine):
     def session_bytes(self) -> int:
         """What sessions hold now."""
         return self._sessions.size
+
+    @property
+    def sessions_crowded_out(self) -> int:
+        """How often a session's state was dropped for want of room."""
+        return self._sessions.crowded_out
 
     def score(self, turns: Sequence[tuple[str, str]]) -> Golden:
         """Score a conversation by the model's own categories, as a golden prompt records it.

@@ -58,12 +58,18 @@ class Snapshots:
         self._most = most_bytes
         self._held: OrderedDict[Hashable, Snapshot] = OrderedDict()
         self._bytes = 0
+        self._crowded_out = 0
         self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
         """Bytes held, never over the bound."""
         return self._bytes
+
+    @property
+    def crowded_out(self) -> int:
+        """How many snapshots have been dropped, or were never kept, for want of room."""
+        return self._crowded_out
 
     def get(self, name: Hashable) -> Snapshot | None:
         """The snapshot of this name, which becomes the last used; None when there is none."""
@@ -78,9 +84,11 @@ class Snapshots:
         with self._lock:
             self._forget(name)
             if snapshot.size > self._most:
+                self._crowded_out += 1
                 return
             while self._bytes + snapshot.size > self._most:
                 self._forget(next(iter(self._held)))
+                self._crowded_out += 1
             self._held[name] = snapshot
             self._bytes += snapshot.size
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,3 +102,19 @@ async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not true():
             await asyncio.sleep(0.001)
+
+
+async def fetched(guard: Running, path: str) -> tuple[int, str]:
+    """Status and body of a path of the HTTP port."""
+    url = f"http://127.0.0.1:{guard.server.metrics_port}{path}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def fetch() -> tuple[int, str]:
+        try:
+            with opener.open(url, timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    return await asyncio.to_thread(fetch)

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import urllib.error
-import urllib.request
 from typing import Any
 
 import pytest
 
 from guard_api.v1 import guard_pb2
 from guard_service.logs import JsonFormatter, TextFormatter
-from tests.service.asking import BOMB, Running, asked, refused
+from tests.service.asking import BOMB, Running, asked, fetched, refused
 from tests.service.conftest import RunGuard
 
 SECRET = "xyzzy-secret"
-
-
-async def fetched(guard: Running, path: str) -> tuple[int, str]:
-    """Status and body of a path of the HTTP port."""
-    url = f"http://127.0.0.1:{guard.server.metrics_port}{path}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def fetch() -> tuple[int, str]:
-        try:
-            with opener.open(url, timeout=10) as reply:
-                return reply.status, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-
-    return await asyncio.to_thread(fetch)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +18,19 @@ from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_quantization.export.decoder import Precision
 from guard_service.artifact import Artifact
 from guard_service.batcher import Batcher, Limits
+from guard_service.config import Settings
 from guard_service.conversation import Conversation
-from guard_service.engines import Assessed, EngineFailed
+from guard_service.engines import Assessed, EngineFailed, open_engine
 from guard_service.engines.fake import FakeEngine
 from guard_service.engines.onnx import OnnxEngine
+from guard_service.interceptors import CALL, Call
 from guard_service.metrics import Metrics
 from guard_service.moderation import Bounds, Moderator
 from guard_service.prompt import Prompt
+from guard_service.servicer import Servicer
 from guard_service.stream import StreamBounds, judged, with_reply
 from guard_service.wire import Sizes
-from tests.service.asking import PATIENCE_S, piece, start, until
+from tests.service.asking import PATIENCE_S, fetched, piece, start, until
 from tests.service.conftest import RunGuard
 from tests.service.tiny_artifact import RELEASE, tiny_artifact
 
@@ -227,6 +231,51 @@ async def test_a_stream_whose_caller_is_gone_holds_nothing(run_guard: RunGuard, 
     assert tape.session_bytes > 0
     call.cancel()
     await until(lambda: tape.session_bytes == 0)
+
+
+class Caller:
+    """As much of gRPC's context as a stream looks at."""
+
+    def time_remaining(self) -> float | None:
+        return None
+
+
+async def test_a_stream_that_is_closed_half_way_lets_go_at_once(tape: Tape) -> None:
+    batcher = Batcher(tape, Limits(100, 100_000, 8, 4_000, 20.0))
+    moderator = Moderator(
+        tape, batcher, builtin_policies(), "default", Bounds(10_000, 10_000), 16, Metrics()
+    )
+    batcher.start()
+    CALL.set(Call("ClassifyStream", "id"))
+    servicer = Servicer(moderator, Settings(), Timestamp())
+    caller: Any = Caller()
+    verdicts: Any = servicer.ClassifyStream(_steps(["so far"], lambda: None), caller)
+    try:
+        assert not (await anext(verdicts)).final
+        assert tape.session_bytes > 0
+        await verdicts.aclose()
+        assert tape.session_bytes == 0
+    finally:
+        await batcher.close()
+        moderator.close()
+
+
+@pytest.mark.parametrize("room", [2**30, 10])
+async def test_metrics_show_what_streams_hold_and_what_was_crowded_out(
+    run_guard: RunGuard, artifact: Artifact, room: int
+) -> None:
+    engine = open_engine(artifact.folder, session_bytes=room)
+    guard = await run_guard(engine, metrics=True, metrics_port=0)
+    call = guard.stub.ClassifyStream()
+    await call.write(start(ASKED))
+    for text in ("so far", ", and on"):
+        await call.write(piece(text, check=True))
+        assert not (await call.read()).final
+    shown = (await fetched(guard, "/metrics"))[1].splitlines()
+    assert f"guard_session_bytes {float(engine.session_bytes)}" in shown
+    assert (engine.session_bytes > 0) == (room > 10)
+    assert f"guard_sessions_crowded_out_total {0.0 if room > 10 else 2.0}" in shown
+    call.cancel()
 
 
 async def test_a_window_that_is_full_is_judged_once(run_guard: RunGuard) -> None:

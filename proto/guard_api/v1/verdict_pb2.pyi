@@ -418,7 +418,9 @@ class Timing(google.protobuf.message.Message):
     computed_tokens: builtins.int
     """computed_tokens is how many tokens the model computed for this request."""
     cached_tokens: builtins.int
-    """cached_tokens is how many tokens were taken from the prefix cache."""
+    """cached_tokens is how many tokens of the model's input had been computed before: the prefix that
+    prompts of one policy share, and in a stream what earlier checks of the same reply read.
+    """
     @property
     def total(self) -> google.protobuf.duration_pb2.Duration:
         """total from the request's arrival in the service to its verdict."""

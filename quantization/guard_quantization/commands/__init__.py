@@ -1,0 +1,1 @@
+"""The commands of guard-quantize. What a command needs is imported when it runs."""

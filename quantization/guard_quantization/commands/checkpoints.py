@@ -1,0 +1,49 @@
+"""guard-quantize export and random: checkpoints to artifacts, and checkpoints to try them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder in the Hugging Face layout.")],
+    out: Annotated[Path, typer.Argument(help="Artifact folder to make.")],
+    bits: Annotated[int, typer.Option(help="4, 8 or 32 bits per weight.")] = 4,
+) -> None:
+    """Make an artifact of a Llama Guard 3 1B checkpoint on this disk."""
+    from guard_quantization.export.decoder import Precision
+    from guard_quantization.export.hf import export_checkpoint
+
+    artifact = export_checkpoint(source, out, precision=Precision(bits=bits, embedding_bits=bits))
+    typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
+
+
+def random_checkpoint(
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a rank file.", exists=True)],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a checkpoint of Llama Guard 3 1B's geometry with random weights, to try a recipe on."""
+    from guard_quantization.checkpoint.random_weights import (
+        LLAMA_GUARD_3_1B_CONFIG,
+        write_random_checkpoint,
+    )
+    from guard_quantization.checkpoint.tensors import layout
+    from guard_quantization.training import Report
+
+    report = Report("writing", len(list(layout(LLAMA_GUARD_3_1B_CONFIG))))
+    try:
+        count = write_random_checkpoint(
+            out,
+            LLAMA_GUARD_3_1B_CONFIG,
+            tokenizer,
+            seed,
+            outliers=8,
+            done=lambda n: report.at(n, ""),
+        )
+    finally:
+        report.close()
+    typer.echo(f"made {out}: {count} random parameters; it judges nothing")

@@ -9,11 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from guard_policies.assessment import Direction
+from guard_policies.assessment import Assessment, Direction
 from guard_policies.decide import Decision, decide
-from guard_policies.schema import ANY_ENGINE, Policy, Unscannable
+from guard_policies.schema import Policy, Unscannable
 from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_service.batcher import Batcher, Ran
 from guard_service.cache import LruCache, SingleFlight, key_of
@@ -30,6 +30,7 @@ from guard_service.errors import (
 )
 from guard_service.errors import Unscannable as UnscannableError
 from guard_service.growing import Growing
+from guard_service.matching import asked_of, unknown_to, unsupported
 from guard_service.metrics import Metrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
 
@@ -37,6 +38,7 @@ LOG = logging.getLogger(__name__)
 LANGUAGE_TAG = re.compile(r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,7}")
 INLINE_CHARS = 2_000  # a text this short is tokenized faster than a thread is woken for it
 WARM_UP_S = 60.0
+POLICY_IS_OFF = "POLICY_IS_OFF"  # why a part was not judged
 BUILDERS = 2  # threads that assemble longer prompts
 
 
@@ -65,6 +67,7 @@ class Judgement:
     inference_s: float
     computed_tokens: int
     cached_tokens: int
+    unknown_categories: tuple[str, ...]  # of the policy, not of the model: it was not asked
 
 
 class Moderator:
@@ -170,14 +173,20 @@ class Moderator:
         unscannable = not all(part.judged for part in built.parts)
         if unscannable and policy.on_unscannable(built.direction) is Unscannable.ERROR:
             raise UnscannableError(_cannot_judge(built, self.card))
-        patience_s = timeout_s - (assembled - arrived)
-        ran, from_cache = await self._assessed(
-            built, policy, language, patience_s, no_cache, growing
-        )
+        unknown = unknown_to(policy, self.card, built.direction)
+        if policy.judged(built.direction):
+            patience_s = timeout_s - (assembled - arrived)
+            ran, from_cache = await self._assessed(
+                built, policy, language, patience_s, no_cache, growing
+            )
+            found = [_scored(result.assessment, unknown) for result in ran.results]
+        else:
+            built, ran, from_cache = _unasked(built), Ran((), 0.0, 0.0), False
+            found = [Assessment(0.0, {})]
         try:
             decisions = [
-                decide(policy, result.assessment, built.direction, language, unscannable)
-                for result in ran.results
+                decide(policy, assessment, built.direction, language, unscannable)
+                for assessment in found
             ]
         except ValueError as error:  # scores that are no probabilities
             LOG.exception("the engine's scores cannot be used")
@@ -188,7 +197,7 @@ class Moderator:
             policy=policy,
             model=self.card,
             built=built,
-            window_scores=tuple(decision.unsafe_score for decision in decisions),
+            window_scores=tuple(d.unsafe_score for d in decisions) if built.windows else (),
             from_cache=from_cache,
             total_s=time.perf_counter() - arrived,
             tokenize_s=assembled - arrived,
@@ -196,6 +205,7 @@ class Moderator:
             inference_s=ran.inference_s,
             computed_tokens=0 if from_cache else sum(r.computed_tokens for r in ran.results),
             cached_tokens=0 if from_cache else sum(r.cached_tokens for r in ran.results),
+            unknown_categories=unknown,
         )
 
     async def _built(self, conversation: Conversation, policy: Policy) -> BuiltPrompt:
@@ -208,8 +218,8 @@ class Moderator:
                 f"the conversation has more than {bounds.conversation_chars} characters; send less"
             )
         direction = _direction(conversation)
-        judged = policy.judged(direction) if self.card.custom_categories else ()
-        categories = judged or self._own
+        asked = asked_of(policy, self.card, direction) if self.card.custom_categories else ()
+        categories = asked or self._own
         try:
             if chars <= INLINE_CHARS:
                 built = self._builder.build(conversation, categories)
@@ -268,31 +278,25 @@ class Moderator:
             if outcome.fired:
                 metrics.fired.labels(outcome.category.code, direction).inc()
         metrics.tokenize_seconds.observe(judgement.tokenize_s)
-        if not judgement.from_cache:
+        if judgement.built.prompts and not judgement.from_cache:
             metrics.queue_seconds.observe(judgement.queue_s)
             metrics.tokens.labels("computed").inc(judgement.computed_tokens)
             metrics.tokens.labels("prefix_cache").inc(judgement.cached_tokens)
             metrics.prefix_hits.labels("hit" if judgement.cached_tokens else "miss").inc()
 
 
-def unsupported(policy: Policy, card: ModelCard) -> str:
-    """Why the model cannot serve the policy; empty when it can."""
-    if policy.engine not in (ANY_ENGINE, card.engine, card.name):
-        return f"policy {policy.name} wants engine {policy.engine}, not {card.name}"
-    if card.custom_categories:
-        return ""
-    unknown = [c.code for c in policy.categories if c.code not in card.categories]
-    if unknown:
-        return (
-            f"policy {policy.name} judges {', '.join(unknown)}, which model {card.name} "
-            "does not know; drop them or load another model"
-        )
-    if policy.custom:
-        return (
-            f"policy {policy.name} brings its own wording of categories, and those of model "
-            f"{card.name} are fixed; drop it or load another model"
-        )
-    return ""
+def _scored(assessment: Assessment, unknown: tuple[str, ...]) -> Assessment:
+    """With the score of what the model cannot name."""
+    if not unknown:
+        return assessment
+    scores = {**dict.fromkeys(unknown, 0.0), **assessment.category_scores}
+    return Assessment(assessment.unsafe_score, scores)
+
+
+def _unasked(built: BuiltPrompt) -> BuiltPrompt:
+    """The conversation under a policy that judges nothing in its direction."""
+    parts = tuple(replace(part, judged=False, reason=POLICY_IS_OFF) for part in built.parts)
+    return replace(built, prompts=(), windows=(), parts=parts)
 
 
 def _for_policy(

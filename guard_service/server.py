@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from guard_api.v1 import guard_pb2_grpc
+from guard_policies.assessment import Direction
 from guard_policies.loader import builtin_policies, load_policies
 from guard_policies.schema import Policy
 from guard_service.batcher import Batcher
@@ -28,8 +29,9 @@ from guard_service.config import Settings
 from guard_service.engines import Engine, open_engine
 from guard_service.health import Health
 from guard_service.interceptors import SERVICE, Door, State
+from guard_service.matching import unknown_to, unsupported
 from guard_service.metrics import HttpServer, Metrics, Probes
-from guard_service.moderation import Bounds, Moderator, unsupported
+from guard_service.moderation import Bounds, Moderator
 from guard_service.servicer import Servicer
 
 LOG = logging.getLogger(__name__)
@@ -198,6 +200,10 @@ def _check_policies(moderator: Moderator) -> None:
     for policy in moderator.policies.values():
         if problem := unsupported(policy, moderator.card):
             LOG.warning("requests for it are refused: %s", problem)
+            continue
+        unknown = {code for way in Direction for code in unknown_to(policy, moderator.card, way)}
+        if unknown:
+            LOG.info("policy %s: the model is not asked about %s", policy.name, sorted(unknown))
 
 
 def _check_free(settings: Settings) -> None:

@@ -152,6 +152,7 @@ def _coverage(judgement: Judgement) -> verdict_pb2.Coverage:
             for (first, end), score in zip(built.windows, judgement.window_scores, strict=True)
         ],
         conversation_tokens=built.conversation_tokens,
+        unknown_categories=judgement.unknown_categories,
     )
 
 
@@ -210,6 +211,7 @@ def model_info_of(card: ModelCard) -> guard_pb2.ModelInfo:
         categories=card.categories,
         judges_images=card.judges_images,
         custom_categories=card.custom_categories,
+        custom_codes=card.custom_codes,
         notice=card.notice,
         parameters=card.parameters,
         window_tokens=card.window_tokens,

@@ -35,6 +35,7 @@ class ModelCard:
     window_tokens: int  # conversation tokens that one window holds
     parameters: int
     notice: str = ""  # shown with the model, for example that it is a starter
+    custom_codes: tuple[str, ...] = ()  # codes that categories of a policy's own may have
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class FakeEngine(Engine):
             judges_images=False,
             window_tokens=window_tokens,
             parameters=0,
+            custom_codes=tuple(f"S{i}" for i in range(1, 100)) if custom_categories else (),
             notice="This is the fake engine: it looks for a few made-up words and judges nothing.",
         )
         self.batches: list[tuple[str, ...]] = []

@@ -262,6 +262,7 @@ def _card(artifact: Artifact) -> ModelCard:
         template=manifest.template,
         categories=manifest.categories,
         custom_categories=manifest.custom_categories,
+        custom_codes=tuple(manifest.verdict.codes) if manifest.custom_categories else (),
         judges_images=False,
         window_tokens=manifest.window_tokens,
         parameters=manifest.parameters,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import grpc
 import pytest
 
-from guard_api.v1 import verdict_pb2
-from guard_policies.assessment import Assessment
+from guard_api.v1 import guard_pb2, verdict_pb2
+from guard_policies.assessment import Assessment, Direction
+from guard_policies.loader import parse_policy
 from guard_service.engines import Assessed
 from guard_service.engines.fake import FakeEngine
+from guard_service.matching import asked_of, unknown_to, unsupported
 from guard_service.prompt import Prompt
 from tests.service.asking import BOMB, Running, asked, message, refused, until
 from tests.service.conftest import RunGuard
@@ -37,6 +40,26 @@ version: "1"
 description: Brings a category of its own.
 categories:
   S20: {name: Spoilers, description: Gives away the end of a film.}
+"""
+
+
+REPLIES_ONLY = """\
+name: replies-only
+version: "1"
+prompt: off
+"""
+ONLY_S14 = """\
+name: only-code
+version: "1"
+action: off
+categories:
+  S14: block
+"""
+OWN_S14 = """\
+name: own-code
+version: "1"
+categories:
+  S14: {name: Shells, description: Asks for a shell.}
 """
 
 
@@ -184,6 +207,73 @@ async def test_a_policy_the_model_cannot_serve_is_refused(run_guard: RunGuard) -
         "POLICY_NOT_SUPPORTED",
     )
     assert "S20" in refusal.message
+
+
+async def test_a_direction_that_is_off_is_answered_without_the_model(run_guard: RunGuard) -> None:
+    guard = await run_guard(policies=(REPLIES_ONLY,))
+    warm = len(guard.engine.batches)
+    image = guard_pb2.Part(image=guard_pb2.Image(data=b"\x89PNG"))
+    request = asked(BOMB, policy="replies-only")
+    request.conversation.messages[0].parts.append(image)
+    for _ in range(2):
+        verdict = (await guard.stub.Classify(request)).verdict
+        assert verdict.action == verdict_pb2.ACTION_ALLOW
+        assert not verdict.categories and not verdict.from_cache
+        coverage = verdict.coverage
+        assert not coverage.complete and not coverage.windows
+        assert [(part.state, part.reason) for part in coverage.parts] == [
+            (verdict_pb2.PART_STATE_NOT_JUDGED, "POLICY_IS_OFF")
+        ] * 2
+        assert coverage.conversation_tokens > len(BOMB)
+        assert verdict.timing.computed_tokens == verdict.timing.cached_tokens == 0
+    assert len(guard.engine.batches) == warm
+    reply = message(BOMB, "assistant")
+    verdict = (await guard.stub.Classify(asked("hi", reply, policy="replies-only"))).verdict
+    assert verdict.action == verdict_pb2.ACTION_BLOCK and verdict.coverage.complete
+
+
+class Thirteen(FakeEngine):
+    """Knows S1 to S13 and takes categories, as Llama Guard 3 1B does; `listed` is what it read."""
+
+    def __init__(self) -> None:
+        super().__init__(custom_categories=True, categories=[f"S{i}" for i in range(1, 14)])
+        self.listed: set[tuple[str, ...]] = set()
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        self.listed |= {prompt.categories for prompt in prompts}
+        return [self._of_these(one) for one in super().assess(prompts)]
+
+    def _of_these(self, one: Assessed) -> Assessed:
+        (listed,) = self.listed
+        scores = {code: one.assessment.category_scores[code] for code in listed}
+        return replace(one, assessment=Assessment(one.assessment.unsafe_score, scores))
+
+
+async def test_s14_is_not_asked_of_a_model_that_does_not_know_it(run_guard: RunGuard) -> None:
+    engine = Thirteen()
+    guard = await run_guard(engine)
+    verdict = (await guard.stub.Classify(asked(BOMB))).verdict
+    assert engine.listed == {tuple(f"S{i}" for i in range(1, 14))}
+    assert verdict.action == verdict_pb2.ACTION_BLOCK
+    assert verdict.coverage.unknown_categories == ["S14"]
+    assert (verdict.categories[-1].code, verdict.categories[-1].score) == ("S14", 0.0)
+
+
+def test_s14_in_a_policys_own_words_is_asked_of_any_model_that_takes_categories() -> None:
+    card, own = Thirteen().card, parse_policy(OWN_S14)
+    assert [one.code for one in asked_of(own, card, Direction.PROMPT)][-2:] == ["S13", "S14"]
+    assert not unknown_to(own, card, Direction.PROMPT) and not unsupported(own, card)
+
+
+@pytest.mark.parametrize(
+    ("policy", "codes", "told"),
+    [(ONLY_S14, ["S14"], "judges only S14"), (CUSTOM, [f"S{i}" for i in range(1, 20)], "S20")],
+)
+def test_a_policy_of_which_a_model_can_be_asked_nothing_is_not_for_it(
+    policy: str, codes: list[str], told: str
+) -> None:
+    card = replace(Thirteen().card, custom_codes=tuple(codes))
+    assert told in unsupported(parse_policy(policy), card)
 
 
 @pytest.mark.parametrize(

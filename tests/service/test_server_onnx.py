@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from guard_api.v1 import guard_pb2
 from guard_policies.loader import builtin_policies
 from guard_service import __main__ as command
 from guard_service.config import Settings
@@ -39,6 +40,8 @@ def engine(folder: Path) -> Iterator[OnnxEngine]:
 
 async def test_verdicts_are_what_the_engine_finds(run_guard: RunGuard, engine: OnnxEngine) -> None:
     guard = await run_guard(engine, (CUSTOM.replace("S20", "S15"),), cache_entries=0)
+    (model,) = (await guard.stub.GetInfo(guard_pb2.GetInfoRequest())).models
+    assert model.custom_codes == [f"S{number}" for number in range(1, 20)]
     for text in ("hello", "word " * 300):
         built = engine.prompt_builder().build(
             conversation=Conversation.of(("user", text)),

@@ -147,6 +147,7 @@ async def test_info_tells_what_runs_and_its_limits(guard: Running) -> None:
     info = await guard.stub.GetInfo(guard_pb2.GetInfoRequest())
     (model,) = info.models
     assert model.engine == "fake" and "fake" in model.notice and not model.judges_images
+    assert not model.custom_codes
     assert info.limits.max_message_bytes == 4 * 1024 * 1024
     assert info.limits.default_deadline.seconds == 30
     assert info.started_at.seconds > 0

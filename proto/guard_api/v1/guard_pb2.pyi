@@ -622,6 +622,7 @@ class ModelInfo(google.protobuf.message.Message):
     NOTICE_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     WINDOW_TOKENS_FIELD_NUMBER: builtins.int
+    CUSTOM_CODES_FIELD_NUMBER: builtins.int
     engine: builtins.str
     """engine that runs it, for example "onnx"."""
     template: builtins.str
@@ -644,6 +645,10 @@ class ModelInfo(google.protobuf.message.Message):
     def categories(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """categories that it knows, by code."""
 
+    @property
+    def custom_codes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """custom_codes that categories of a policy's own may have; empty without custom_categories."""
+
     def __init__(
         self,
         *,
@@ -656,9 +661,10 @@ class ModelInfo(google.protobuf.message.Message):
         notice: builtins.str = ...,
         parameters: builtins.int = ...,
         window_tokens: builtins.int = ...,
+        custom_codes: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["categories", b"categories", "custom_categories", b"custom_categories", "engine", b"engine", "judges_images", b"judges_images", "model", b"model", "notice", b"notice", "parameters", b"parameters", "template", b"template", "window_tokens", b"window_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["categories", b"categories", "custom_categories", b"custom_categories", "custom_codes", b"custom_codes", "engine", b"engine", "judges_images", b"judges_images", "model", b"model", "notice", b"notice", "parameters", b"parameters", "template", b"template", "window_tokens", b"window_tokens"]) -> None: ...
 
 Global___ModelInfo: typing_extensions.TypeAlias = ModelInfo
 

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aguard_api/v1/verdict.proto\x12\x0cguard_api.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa7\x03\n\x07Verdict\x12$\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x14.guard_api.v1.Action\x12\x14\n\x0cunsafe_score\x18\x02 \x01(\x01\x12\x30\n\ncategories\x18\x03 \x03(\x0b\x32\x1c.guard_api.v1.CategoryResult\x12*\n\tdirection\x18\x04 \x01(\x0e\x32\x17.guard_api.v1.Direction\x12+\n\rshadow_action\x18\x05 \x01(\x0e\x32\x14.guard_api.v1.Action\x12%\n\x05model\x18\x06 \x01(\x0b\x32\x16.guard_api.v1.ModelRef\x12\'\n\x06policy\x18\x07 \x01(\x0b\x32\x17.guard_api.v1.PolicyRef\x12(\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x16.guard_api.v1.Coverage\x12$\n\x06timing\x18\t \x01(\x0b\x32\x14.guard_api.v1.Timing\x12\x12\n\nverdict_id\x18\n \x01(\t\x12\x12\n\nfrom_cache\x18\x0b \x01(\x08\x12\r\n\x05joint\x18\x0c \x01(\x08\"\x83\x01\n\x0e\x43\x61tegoryResult\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x11\n\tthreshold\x18\x04 \x01(\x01\x12\r\n\x05\x66ired\x18\x05 \x01(\x08\x12$\n\x06\x61\x63tion\x18\x06 \x01(\x0e\x32\x14.guard_api.v1.Action\"K\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x13\n\x0btier_reason\x18\x04 \x01(\t\":\n\tPolicyRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\x8b\x01\n\x08\x43overage\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12)\n\x05parts\x18\x02 \x03(\x0b\x32\x1a.guard_api.v1.PartCoverage\x12%\n\x07windows\x18\x03 \x03(\x0b\x32\x14.guard_api.v1.Window\x12\x1b\n\x13\x63onversation_tokens\x18\x04 \x01(\r\"\xac\x01\n\x0cPartCoverage\x12\x15\n\rmessage_index\x18\x01 \x01(\r\x12\x12\n\npart_index\x18\x02 \x01(\r\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.guard_api.v1.PartKind\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.guard_api.v1.PartState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x13\n\x0bneutralised\x18\x06 \x01(\r\"F\n\x06Window\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x14\n\x0cunsafe_score\x18\x03 \x01(\x01\"\xe7\x01\n\x06Timing\x12(\n\x05total\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08tokenize\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tinference\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r*U\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_ALLOW\x10\x01\x12\x0f\n\x0b\x41\x43TION_FLAG\x10\x02\x12\x10\n\x0c\x41\x43TION_BLOCK\x10\x03*T\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44IRECTION_PROMPT\x10\x01\x12\x16\n\x12\x44IRECTION_RESPONSE\x10\x02*\x82\x01\n\x08PartKind\x12\x19\n\x15PART_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0ePART_KIND_TEXT\x10\x01\x12\x13\n\x0fPART_KIND_IMAGE\x10\x02\x12\x17\n\x13PART_KIND_TOOL_CALL\x10\x03\x12\x19\n\x15PART_KIND_TOOL_RESULT\x10\x04*Y\n\tPartState\x12\x1a\n\x16PART_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11PART_STATE_JUDGED\x10\x01\x12\x19\n\x15PART_STATE_NOT_JUDGED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aguard_api/v1/verdict.proto\x12\x0cguard_api.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa7\x03\n\x07Verdict\x12$\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x14.guard_api.v1.Action\x12\x14\n\x0cunsafe_score\x18\x02 \x01(\x01\x12\x30\n\ncategories\x18\x03 \x03(\x0b\x32\x1c.guard_api.v1.CategoryResult\x12*\n\tdirection\x18\x04 \x01(\x0e\x32\x17.guard_api.v1.Direction\x12+\n\rshadow_action\x18\x05 \x01(\x0e\x32\x14.guard_api.v1.Action\x12%\n\x05model\x18\x06 \x01(\x0b\x32\x16.guard_api.v1.ModelRef\x12\'\n\x06policy\x18\x07 \x01(\x0b\x32\x17.guard_api.v1.PolicyRef\x12(\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x16.guard_api.v1.Coverage\x12$\n\x06timing\x18\t \x01(\x0b\x32\x14.guard_api.v1.Timing\x12\x12\n\nverdict_id\x18\n \x01(\t\x12\x12\n\nfrom_cache\x18\x0b \x01(\x08\x12\r\n\x05joint\x18\x0c \x01(\x08\"\x83\x01\n\x0e\x43\x61tegoryResult\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x11\n\tthreshold\x18\x04 \x01(\x01\x12\r\n\x05\x66ired\x18\x05 \x01(\x08\x12$\n\x06\x61\x63tion\x18\x06 \x01(\x0e\x32\x14.guard_api.v1.Action\"K\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x13\n\x0btier_reason\x18\x04 \x01(\t\":\n\tPolicyRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\xa7\x01\n\x08\x43overage\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12)\n\x05parts\x18\x02 \x03(\x0b\x32\x1a.guard_api.v1.PartCoverage\x12%\n\x07windows\x18\x03 \x03(\x0b\x32\x14.guard_api.v1.Window\x12\x1b\n\x13\x63onversation_tokens\x18\x04 \x01(\r\x12\x1a\n\x12unknown_categories\x18\x05 \x03(\t\"\xac\x01\n\x0cPartCoverage\x12\x15\n\rmessage_index\x18\x01 \x01(\r\x12\x12\n\npart_index\x18\x02 \x01(\r\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.guard_api.v1.PartKind\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.guard_api.v1.PartState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x13\n\x0bneutralised\x18\x06 \x01(\r\"F\n\x06Window\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x14\n\x0cunsafe_score\x18\x03 \x01(\x01\"\xe7\x01\n\x06Timing\x12(\n\x05total\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08tokenize\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tinference\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r*U\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_ALLOW\x10\x01\x12\x0f\n\x0b\x41\x43TION_FLAG\x10\x02\x12\x10\n\x0c\x41\x43TION_BLOCK\x10\x03*T\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44IRECTION_PROMPT\x10\x01\x12\x16\n\x12\x44IRECTION_RESPONSE\x10\x02*\x82\x01\n\x08PartKind\x12\x19\n\x15PART_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0ePART_KIND_TEXT\x10\x01\x12\x13\n\x0fPART_KIND_IMAGE\x10\x02\x12\x17\n\x13PART_KIND_TOOL_CALL\x10\x03\x12\x19\n\x15PART_KIND_TOOL_RESULT\x10\x04*Y\n\tPartState\x12\x1a\n\x16PART_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11PART_STATE_JUDGED\x10\x01\x12\x19\n\x15PART_STATE_NOT_JUDGED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'guard_api.v1.verdict_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTION']._serialized_start=1396
-  _globals['_ACTION']._serialized_end=1481
-  _globals['_DIRECTION']._serialized_start=1483
-  _globals['_DIRECTION']._serialized_end=1567
-  _globals['_PARTKIND']._serialized_start=1570
-  _globals['_PARTKIND']._serialized_end=1700
-  _globals['_PARTSTATE']._serialized_start=1702
-  _globals['_PARTSTATE']._serialized_end=1791
+  _globals['_ACTION']._serialized_start=1424
+  _globals['_ACTION']._serialized_end=1509
+  _globals['_DIRECTION']._serialized_start=1511
+  _globals['_DIRECTION']._serialized_end=1595
+  _globals['_PARTKIND']._serialized_start=1598
+  _globals['_PARTKIND']._serialized_end=1728
+  _globals['_PARTSTATE']._serialized_start=1730
+  _globals['_PARTSTATE']._serialized_end=1819
   _globals['_VERDICT']._serialized_start=77
   _globals['_VERDICT']._serialized_end=500
   _globals['_CATEGORYRESULT']._serialized_start=503
@@ -49,11 +49,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLICYREF']._serialized_start=713
   _globals['_POLICYREF']._serialized_end=771
   _globals['_COVERAGE']._serialized_start=774
-  _globals['_COVERAGE']._serialized_end=913
-  _globals['_PARTCOVERAGE']._serialized_start=916
-  _globals['_PARTCOVERAGE']._serialized_end=1088
-  _globals['_WINDOW']._serialized_start=1090
-  _globals['_WINDOW']._serialized_end=1160
-  _globals['_TIMING']._serialized_start=1163
-  _globals['_TIMING']._serialized_end=1394
+  _globals['_COVERAGE']._serialized_end=941
+  _globals['_PARTCOVERAGE']._serialized_start=944
+  _globals['_PARTCOVERAGE']._serialized_end=1116
+  _globals['_WINDOW']._serialized_start=1118
+  _globals['_WINDOW']._serialized_end=1188
+  _globals['_TIMING']._serialized_start=1191
+  _globals['_TIMING']._serialized_end=1422
 # @@protoc_insertion_point(module_scope)

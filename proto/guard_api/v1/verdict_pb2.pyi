@@ -115,7 +115,9 @@ class _PartStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     PART_STATE_JUDGED: _PartState.ValueType  # 1
     """PART_STATE_JUDGED: the model saw all of it."""
     PART_STATE_NOT_JUDGED: _PartState.ValueType  # 2
-    """PART_STATE_NOT_JUDGED: the model did not see it; the policy's on_unscannable decided."""
+    """PART_STATE_NOT_JUDGED: the model did not see it; the policy's on_unscannable decided, or the
+    policy judges nothing in this direction.
+    """
 
 class PartState(_PartState, metaclass=_PartStateEnumTypeWrapper):
     """PartState is what became of a part."""
@@ -125,7 +127,9 @@ PART_STATE_UNSPECIFIED: PartState.ValueType  # 0
 PART_STATE_JUDGED: PartState.ValueType  # 1
 """PART_STATE_JUDGED: the model saw all of it."""
 PART_STATE_NOT_JUDGED: PartState.ValueType  # 2
-"""PART_STATE_NOT_JUDGED: the model did not see it; the policy's on_unscannable decided."""
+"""PART_STATE_NOT_JUDGED: the model did not see it; the policy's on_unscannable decided, or the
+policy judges nothing in this direction.
+"""
 Global___PartState: typing_extensions.TypeAlias = PartState
 
 @typing.final
@@ -313,8 +317,11 @@ class Coverage(google.protobuf.message.Message):
     PARTS_FIELD_NUMBER: builtins.int
     WINDOWS_FIELD_NUMBER: builtins.int
     CONVERSATION_TOKENS_FIELD_NUMBER: builtins.int
+    UNKNOWN_CATEGORIES_FIELD_NUMBER: builtins.int
     complete: builtins.bool
-    """complete is true when every part of every message was judged."""
+    """complete is true when every part of every message was judged. It is false, and windows is empty,
+    when the policy judges nothing in this direction: the model is then not asked at all.
+    """
     conversation_tokens: builtins.int
     """conversation_tokens is the length of the conversation in tokens of the model."""
     @property
@@ -325,6 +332,12 @@ class Coverage(google.protobuf.message.Message):
     def windows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Window]:
         """windows that a long conversation was judged in; one window when it fitted."""
 
+    @property
+    def unknown_categories(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """unknown_categories are those of the policy, by code, that the model does not know by their usual
+        wording. It was not asked about them, and their score is 0.
+        """
+
     def __init__(
         self,
         *,
@@ -332,8 +345,9 @@ class Coverage(google.protobuf.message.Message):
         parts: collections.abc.Iterable[Global___PartCoverage] | None = ...,
         windows: collections.abc.Iterable[Global___Window] | None = ...,
         conversation_tokens: builtins.int = ...,
+        unknown_categories: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["complete", b"complete", "conversation_tokens", b"conversation_tokens", "parts", b"parts", "windows", b"windows"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complete", b"complete", "conversation_tokens", b"conversation_tokens", "parts", b"parts", "unknown_categories", b"unknown_categories", "windows", b"windows"]) -> None: ...
 
 Global___Coverage: typing_extensions.TypeAlias = Coverage
 
@@ -359,7 +373,7 @@ class PartCoverage(google.protobuf.message.Message):
     """state of the part."""
     reason: builtins.str
     """reason for any state but PART_STATE_JUDGED, in a fixed machine-readable spelling such as
-    "MODEL_IS_TEXT_ONLY".
+    "MODEL_IS_TEXT_ONLY" or "POLICY_IS_OFF".
     """
     neutralised: builtins.int
     """neutralised counts the template delimiters in the part that were defused by one inserted space."""

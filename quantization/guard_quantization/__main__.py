@@ -6,6 +6,7 @@ import typer
 
 from guard_quantization.commands.checkpoints import export, random_checkpoint
 from guard_quantization.commands.evaluate import evaluate
+from guard_quantization.commands.peers import agree, gguf, reference
 from guard_quantization.commands.run import run
 
 app = typer.Typer(
@@ -16,6 +17,9 @@ app = typer.Typer(
 app.command()(run)
 app.command()(export)
 app.command("random")(random_checkpoint)
+app.command()(gguf)
+app.command()(reference)
+app.command()(agree)
 app.command()(evaluate)
 
 

@@ -17,10 +17,10 @@ from guard_policies.schema import Policy
 from guard_service import __version__, logs, pull, verify
 from guard_service.artifact import ArtifactError
 from guard_service.config import FIELDS, TYPES, ConfigError, Loaded, Settings, load
-from guard_service.engines import Engine, EngineFailed, ModelCard, open_engine
+from guard_service.engines import Engine, EngineFailed, ModelCard
 from guard_service.errors import GuardServiceError
 from guard_service.logs import FIELDS as LOG_FIELDS
-from guard_service.server import GuardServer, loaded_policies
+from guard_service.server import GuardServer, engine_of, loaded_policies
 
 LOG = logging.getLogger("guard_service")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -58,9 +58,7 @@ def _run(settings: Settings) -> int:
     except PolicyError as error:
         return _fail("a policy is broken", [str(p) for p in error.problems], USAGE)
     try:
-        engine = open_engine(
-            settings.model, settings.engine_threads, session_bytes=settings.session_bytes
-        )
+        engine = engine_of(settings)
     except (ArtifactError, EngineFailed, OSError) as error:
         return _fail("the model cannot be loaded", [str(error)], FAILED)
     try:
@@ -112,6 +110,7 @@ def _announce(
         "http": http,
         "model": card.name,
         "digest": card.digest,
+        "kernel_plan": card.plan,
         "notice": card.notice,
         "policies": list(policies),
         "default_policy": settings.default_policy,

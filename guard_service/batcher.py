@@ -1,4 +1,4 @@
-"""From requests to batches: a bounded queue in front of one worker thread that runs the engine."""
+"""From requests to batches: a bounded queue in front of the threads that run the engine."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ class _Job:
     future: asyncio.Future[tuple[Assessed, float, float]] = field(repr=False)
 
 
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """One thread, and the run that it is in."""
+
+    thread: threading.Thread
+    running: list[_Job] = field(default_factory=list)
+    run_began: float | None = None
+
+
 def tokens_of(prompt: Prompt, session: Session | None = None) -> int:
     """What a prompt costs the engine. The prefix is shared and counts for nothing."""
     held = session.held(prompt) if session is not None else 0
@@ -66,9 +75,10 @@ def tokens_of(prompt: Prompt, session: Session | None = None) -> int:
 class Batcher:
     """Admits prompts up to a bound and runs them in batches.
 
-    `assess` belongs to one event loop; the engine runs in a thread of its own and is entered by
-    no other. `on_health` is called in the loop with False when the worker died or hangs, and with
-    True when a hanging run came back. `on_run` is called in the worker thread after each run.
+    `assess` belongs to one event loop; the engine runs in threads of its own, one for each of its
+    lanes, and is entered by no other. `on_health` is called in the loop with False when a worker
+    died or hangs, and with True when a hanging run came back. `on_run` is called in the worker's
+    thread after each run.
     """
 
     def __init__(
@@ -86,21 +96,20 @@ class Batcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._queue: dict[_Job, None] = {}  # in order of arrival
-        self._running: list[_Job] = []
         self._queued_tokens = 0
-        self._tokens_per_s = 0.0
-        self._run_began: float | None = None
+        self._tokens_per_s = 0.0  # of one worker
         self._closing = False
         self._healthy = True
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._work, name="guard-engine", daemon=True)
+        self._workers = [_Worker(self._thread(lane)) for lane in range(engine.lanes)]
         self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start the worker; to be called in the event loop that will call `assess`."""
+        """Start the workers; to be called in the event loop that will call `assess`."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
-        self._watch = asyncio.create_task(self._watch_worker())
+        for worker in self._workers:
+            worker.thread.start()
+        self._watch = asyncio.create_task(self._watch_workers())
 
     @property
     def queued_items(self) -> int:
@@ -114,7 +123,7 @@ class Batcher:
 
     @property
     def healthy(self) -> bool:
-        """Whether the worker answers."""
+        """Whether all workers answer."""
         return self._healthy
 
     async def assess(
@@ -137,20 +146,33 @@ class Batcher:
         )
 
     async def close(self) -> None:
-        """Fail what still waits, let a run in progress end, stop the worker."""
+        """Fail what still waits, let runs in progress end, stop the workers."""
         if self._watch is not None:
             self._watch.cancel()
         with self._changed:
             self._closing = True
             waiting = list(self._queue)
-            self._changed.notify()
+            self._changed.notify_all()
         for job in waiting:
             _fail(job, ShuttingDown())
         self._drop(waiting)
-        if self._thread.is_alive() and self._healthy:
-            await asyncio.to_thread(self._thread.join, JOIN_S)
-        for job in self._running:
+        if self._healthy:
+            await asyncio.to_thread(self._join)
+        for job in self._in_progress():
             _fail(job, ShuttingDown())
+
+    def _thread(self, lane: int) -> threading.Thread:
+        name = f"guard-engine-{lane}"
+        return threading.Thread(target=self._work, args=(lane,), name=name, daemon=True)
+
+    def _join(self) -> None:
+        latest = time.monotonic() + JOIN_S
+        for worker in self._workers:
+            if worker.thread.is_alive():
+                worker.thread.join(max(latest - time.monotonic(), 0))
+
+    def _in_progress(self) -> list[_Job]:
+        return [job for worker in self._workers for job in worker.running]
 
     def _admitted(
         self, prompts: Sequence[Prompt], patience_s: float, session: Session | None
@@ -165,7 +187,7 @@ class Batcher:
             self._check_room(len(jobs), tokens, patience_s)
             self._queue.update(dict.fromkeys(jobs))
             self._queued_tokens += tokens
-            self._changed.notify()
+            self._changed.notify_all()
         return jobs
 
     def _check_room(self, items: int, tokens: int, patience_s: float) -> None:
@@ -185,7 +207,8 @@ class Batcher:
 
     def _wait_s(self, tokens: int) -> float:
         """How long that many tokens take at the measured rate; 0 when nothing was measured yet."""
-        return tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        rate = self._tokens_per_s * len(self._workers)
+        return tokens / rate if rate else 0.0
 
     def _retry_s(self, items: int, tokens: int) -> float:
         """When there will be room: the time to drain what is in the way, at the measured rate."""
@@ -207,35 +230,43 @@ class Batcher:
                 job.future.exception()  # seen: a sibling already failed the request
             job.future.cancel()
 
-    def _work(self) -> None:
-        """The worker thread."""
+    def _work(self, lane: int) -> None:
+        """A worker's thread."""
+        worker = self._workers[lane]
         try:
-            while batch := self._next_batch():
-                self._run(batch)
+            while batch := self._next_batch(worker):
+                self._run(worker, batch)
         except BaseException:
-            LOG.exception("the engine's worker died")
+            LOG.exception("a worker of the engine died")
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self, worker: _Worker) -> list[_Job]:
         """Wait for work and take it out of the queue; empty when closing."""
         with self._changed:
-            self._running = []
-            while not self._queue and not self._closing:
+            worker.running = []
+            if len(self._workers) > 1:
+                self._changed.notify_all()  # a session that ran may go on in another lane
+            while not (ready := self._ready()) and not self._closing:
                 self._changed.wait()
             if self._closing:
                 return []
-            batch = chosen(list(self._queue), self._limits)
+            batch = chosen(ready, self._limits)
             for job in batch:
                 del self._queue[job]
                 self._queued_tokens -= job.tokens
-            self._running = batch
-            self._run_began = self._clock()
+            worker.running = batch
+            worker.run_began = self._clock()
             return batch
 
-    def _run(self, batch: list[_Job]) -> None:
+    def _ready(self) -> list[_Job]:
+        """What waits, but for prompts of a session that is in a run."""
+        busy = {job.session for job in self._in_progress()} - {None}
+        return [job for job in self._queue if job.session not in busy] if busy else [*self._queue]
+
+    def _run(self, worker: _Worker, batch: list[_Job]) -> None:
         began = self._clock()
         outcomes = self._outcomes([job.prompt for job in batch], batch[0].session or self._engine)
         seconds = self._clock() - began
-        self._run_began = None
+        worker.run_began = None
         rate = sum(job.tokens for job in batch) / max(seconds, 1e-6)
         self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
         self._on_run(len(batch), seconds)
@@ -258,23 +289,25 @@ class Batcher:
             known = isinstance(error, EngineFailed)  # its text is safe to show
             return [NotAssessed(str(error) if known else "the engine failed on this request")]
 
-    async def _watch_worker(self) -> None:
+    async def _watch_workers(self) -> None:
         period_s = min(1.0, self._limits.engine_timeout_s / 4)
         while True:
             await asyncio.sleep(period_s)
-            self._check_worker()
+            self._check_workers()
 
-    def _check_worker(self) -> None:
-        began = self._run_began
-        hangs = began is not None and self._clock() - began > self._limits.engine_timeout_s
-        healthy = self._thread.is_alive() and not hangs
+    def _answers(self, worker: _Worker) -> bool:
+        began, most_s = worker.run_began, self._limits.engine_timeout_s
+        return worker.thread.is_alive() and (began is None or self._clock() - began <= most_s)
+
+    def _check_workers(self) -> None:
+        healthy = all(map(self._answers, self._workers))
         if healthy == self._healthy:
             return
         self._healthy = healthy
-        LOG.log(logging.INFO if healthy else logging.ERROR, "worker answers: %s", healthy)
+        LOG.log(logging.INFO if healthy else logging.ERROR, "workers answer: %s", healthy)
         if not healthy:
             with self._changed:
-                stuck = [*self._running, *self._queue]
+                stuck = [*self._in_progress(), *self._queue]
             for job in stuck:
                 _fail(job, NotReady("the engine does not answer; try another replica"))
             self._drop(stuck)

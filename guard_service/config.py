@@ -43,6 +43,11 @@ class Settings:
     policies: tuple[Path, ...] = _knob((), "folders of policy files, besides those built in")
     default_policy: str = _knob("default", "the policy of requests that name none")
     threads: int = _knob(0, "threads of the engine; 0 takes one per core of this process", 0, 1024)
+    lanes: int = _knob(0, "engine runs at once, which share the threads; 0: one per 8", 0, 256)
+    kernel_plan: str = _knob("auto", "stored, int8, fp32, or auto: the fastest here, measured once")
+    prepared: str = _knob(
+        "auto", "folder that keeps graphs made ready; auto: the user's cache folder; none"
+    )
 
     max_message_bytes: int = _knob(4 * MIB, "one gRPC message; gRPC's own default", 1024, 2**31 - 1)
     max_batch_items: int = _knob(256, "bounds what one call can put in the queue", 1, 100_000)
@@ -92,9 +97,30 @@ class Settings:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
+    def engine_lanes(self) -> int:
+        """Engine runs at once: as set, or one for each 8 threads; never more than threads."""
+        threads = self._all_threads
+        return min(self.lanes or max(threads // 8, 1), threads)
+
+    @property
     def engine_threads(self) -> int:
-        """Threads of the engine: as set, or one per core that this process may use."""
+        """Threads of one lane; of all, as many as set, or one per core this process may use."""
+        return self._all_threads // self.engine_lanes
+
+    @property
+    def _all_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def prepared_folder(self) -> Path | None:
+        """Where graphs made ready are kept; the cache folder by the XDG base directory rules."""
+        if self.prepared == "none":
+            return None
+        if self.prepared != "auto":
+            return Path(self.prepared)
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        home = Path(named) if named.startswith("/") else Path.home() / ".cache"
+        return home / "llama-guard-service" / "prepared"
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
@@ -102,6 +128,7 @@ TYPES: dict[str, Any] = typing.get_type_hints(Settings)
 _CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),
+    "kernel_plan": ("auto", "stored", "int8", "fp32"),
 }
 
 

@@ -250,6 +250,18 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials:
     )
 
 
+def engine_of(settings: Settings) -> Engine:
+    """Load the model as set. Raises ArtifactError, EngineFailed or OSError."""
+    return open_engine(
+        settings.model,
+        settings.engine_threads,
+        session_bytes=settings.session_bytes,
+        plan=settings.kernel_plan,
+        lanes=settings.engine_lanes,
+        prepared=settings.prepared_folder,
+    )
+
+
 @contextmanager
 def local_server(settings: Settings) -> Iterator[str]:
     """A server on a private unix socket, in a thread of this process; yields the gRPC target."""
@@ -262,9 +274,7 @@ def local_server(settings: Settings) -> Iterator[str]:
             tls_key=None,
             tls_client_ca=None,
         )
-        engine = open_engine(
-            private.model, private.engine_threads, session_bytes=private.session_bytes
-        )
+        engine = engine_of(private)
         try:
             server = GuardServer(private, engine, loaded_policies(private))
             with _in_thread(server):

@@ -10,6 +10,14 @@ from guard_service.config import Settings
 from guard_service.server import local_server
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in, or read from, the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def fake_guard() -> Iterator[str]:
     """The gRPC target of a running guard with the fake engine."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from guard_policies.assessment import Assessment
 from guard_service.artifact import load
+from guard_service.engines.plans import AUTO
 from guard_service.prompt import Prompt, PromptBuilder
 
 STARTER = "starter"
@@ -34,6 +35,7 @@ class ModelCard:
     judges_images: bool
     window_tokens: int  # conversation tokens that one window holds
     parameters: int
+    plan: str = ""  # of kernels, where an engine has several
     notice: str = ""  # shown with the model, for example that it is a starter
     custom_codes: tuple[str, ...] = ()  # codes that categories of a policy's own may have
 
@@ -70,9 +72,10 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded model. `assess` runs in a worker thread and is never entered twice at once."""
+    """A loaded model. `assess` runs in worker threads, at most `lanes` of them at once."""
 
     card: ModelCard
+    lanes: int = 1
 
     def prompt_builder(self) -> PromptBuilder:
         """The builder of this model's prompts (its tokenizer and template); thread-safe."""
@@ -110,10 +113,16 @@ def open_engine(
     threads: int = 1,
     prefix_cache: bool = True,
     session_bytes: int = SESSION_BYTES,
+    *,
+    plan: str = AUTO,
+    lanes: int = 1,
+    prepared: Path | None = None,
 ) -> Engine:
     """Load a model: "starter" (in this package), "fake" (for tests), or an artifact folder.
 
-    `session_bytes` bounds what is kept of growing conversations, all of them together.
+    `session_bytes` bounds what is kept of growing conversations, all of them together. `plan` is a
+    kernel plan of `engines.plans`; `auto` takes the fastest here, measured unless the folder
+    `prepared` remembers it. Each of `lanes` has `threads` threads of its own.
     Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
     loaded. Ready to serve only once `self_test` has passed.
     """
@@ -121,10 +130,12 @@ def open_engine(
         from guard_service.engines.fake import FakeEngine
 
         return FakeEngine()
-    from guard_service.engines.onnx import OnnxEngine  # heavy, and needed by this choice only
+    from guard_service.engines.choosing import open_artifact  # heavy, needed by this choice only
 
     def opened(folder: Path) -> Engine:
-        return OnnxEngine(load(folder), threads, prefix_cache, session_bytes=session_bytes)
+        return open_artifact(
+            load(folder), threads, prefix_cache, session_bytes, plan, lanes, prepared
+        )
 
     if model == STARTER:
         starter = resources.files("guard_service") / "models" / STARTER

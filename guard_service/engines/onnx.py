@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from guard_policies.assessment import Assessment
 from guard_policies.taxonomy import BY_CODE, Category
-from guard_service.artifact import Artifact, load
+from guard_service.artifact import Artifact
 from guard_service.conversation import Conversation
 from guard_service.engines import (
     SESSION_BYTES,
@@ -23,7 +22,9 @@ from guard_service.engines import (
     ModelCard,
     Session,
 )
-from guard_service.engines.graph_files import UnreadableGraph, graph_files
+from guard_service.engines.loading import Graph, open_graph
+from guard_service.engines.plans import STORED
+from guard_service.engines.prepared import Prepared
 from guard_service.engines.sessions import SnapshotSession
 from guard_service.engines.snapshots import Past, Snapshot, Snapshots
 from guard_service.manifest import Golden, Manifest
@@ -43,7 +44,9 @@ class OnnxEngine(Engine):
     over the codes that the prompt lists. A prompt's scores do not depend on the others of a batch.
 
     Keys and values of a prefix are computed once and kept (`prefix_cache`), and those of a growing
-    conversation in its session, all sessions together within `session_bytes`.
+    conversation in its session, all sessions together within `session_bytes`. `plan` names the
+    kernels that multiply the weights (`engines.plans`). Each of the lanes has `threads` of its own,
+    and so many calls may run at once.
     """
 
     def __init__(
@@ -53,14 +56,22 @@ class OnnxEngine(Engine):
         prefix_cache: bool = True,
         snapshot_bytes: int = _SNAPSHOT_BYTES,
         session_bytes: int = SESSION_BYTES,
+        *,
+        plan: str = STORED,
+        lanes: int = 1,
+        prepared: Prepared | None = None,
     ) -> None:
         """Raises EngineFailed when the graph cannot be loaded or does not fit the manifest."""
         manifest = artifact.manifest
-        self.card = _card(artifact)
+        self.card = _card(artifact, plan)
+        self.lanes = lanes
         self._manifest = manifest
         self._builder = _builder(artifact)
-        self._graph = _graph(artifact, threads)
-        _check_graph(self._graph, manifest)
+        self._free: SimpleQueue[Graph] = SimpleQueue()
+        for _ in range(lanes):
+            graph = open_graph(artifact, plan, threads, prepared or Prepared(None))
+            _check_graph(graph.session, manifest)
+            self._free.put(graph)
         self._column = {token: at for at, token in enumerate(manifest.verdict.head)}
         self._speculated = (
             manifest.verdict.unsafe,
@@ -71,11 +82,6 @@ class OnnxEngine(Engine):
         self._sessions = Snapshots(session_bytes)
         self._no_past = _no_past(manifest)
         self._present = [name.replace("past", "present") for name in self._no_past]
-
-    @classmethod
-    def open(cls, folder: Path, threads: int = 1, prefix_cache: bool = True) -> OnnxEngine:
-        """Load an artifact folder. Raises ArtifactError or EngineFailed."""
-        return cls(load(folder), threads, prefix_cache)
 
     def prompt_builder(self) -> PromptBuilder:
         """The builder of this model's prompts; thread-safe."""
@@ -149,7 +155,8 @@ class OnnxEngine(Engine):
         if self._snapshots is not None:
             self._snapshots.clear()
         self._sessions.clear()
-        del self._graph
+        for _ in range(self.lanes):
+            self._free.get()
 
     def _categories(self) -> list[Category]:
         return [BY_CODE[code] for code in self._manifest.categories]
@@ -218,10 +225,13 @@ class OnnxEngine(Engine):
         return logits, dict(zip(self._no_past, present, strict=keep))
 
     def _call(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
+        graph = self._free.get()
         try:
-            outputs: list[Any] = self._graph.run(names, feeds)
+            outputs: list[Any] = graph.session.run(names, feeds)
         except Exception as error:  # onnxruntime's errors share no base class
             raise EngineFailed(f"onnxruntime: {type(error).__name__}") from error
+        finally:
+            self._free.put(graph)
         return outputs
 
     def _assessment(self, prompt: Prompt, logits: NDArray[np.float32]) -> Assessment:
@@ -253,12 +263,13 @@ def _batches(rows: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
         yield batch
 
 
-def _card(artifact: Artifact) -> ModelCard:
+def _card(artifact: Artifact, plan: str) -> ModelCard:
     manifest = artifact.manifest
     return ModelCard(
         name=manifest.name,
         digest=artifact.digest,
         engine="onnx",
+        plan=plan,
         template=manifest.template,
         categories=manifest.categories,
         custom_categories=manifest.custom_categories,
@@ -276,27 +287,6 @@ def _builder(artifact: Artifact) -> PromptBuilder:
     if tokenizer.get_vocab_size(with_added_tokens=True) > manifest.geometry.vocab:
         raise EngineFailed("the tokenizer has more tokens than the model")
     return PromptBuilder(tokenizer, manifest.template, manifest.window_tokens)
-
-
-def _graph(artifact: Artifact, threads: int) -> Any:
-    model = artifact.model
-    try:
-        strange = graph_files(model.read_bytes()) - artifact.manifest.files.keys()
-    except (UnreadableGraph, OSError) as error:
-        raise EngineFailed(f"{model.name} cannot be loaded: {error}") from error
-    if strange:
-        raise EngineFailed(f"{model.name} takes weights from a file that the manifest lacks")
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False  # it keeps a plan for each shape of input, for ever
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise EngineFailed(f"{model.name} cannot be loaded: {error}") from error
 
 
 def _no_past(manifest: Manifest) -> dict[str, NDArray[np.float32]]:

@@ -64,7 +64,7 @@ async def test_the_server_does_not_start_when_golden_scores_differ(
     manifest = json.loads((folder / "guard.json").read_text())
     manifest["golden"][0]["unsafe"] = 1 - manifest["golden"][0]["unsafe"]
     (folder / "guard.json").write_text(json.dumps(manifest))
-    engine = open_engine(folder)
+    engine = open_engine(folder, plan="stored")
     settings = Settings(host=f"unix:{tmp_path / 'socket'}", metrics=False)
     with pytest.raises(EngineFailed, match="golden"):
         await GuardServer(settings, engine, builtin_policies()).start()

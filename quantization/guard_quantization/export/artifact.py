@@ -13,16 +13,16 @@ from tokenizers import Tokenizer
 
 from guard_policies.assessment import Direction
 from guard_quantization.export.decoder import (
-    MODEL_FILE,
     ExportError,
     Precision,
     Shape,
     Weights,
-    export_graph,
+    export_graphs,
 )
 from guard_quantization.export.graph import DATA_FILE
 from guard_service.artifact import TOKENIZER_FILE, Artifact, write_artifact
 from guard_service.engines.onnx import OnnxEngine
+from guard_service.engines.plans import graph_file
 from guard_service.manifest import Calibration, Geometry, Manifest, Quantization, Verdict
 
 Turns = tuple[tuple[str, str], ...]
@@ -115,9 +115,10 @@ def make_artifact(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         made = Path(place)
         head = None if head_is_cut else verdict.head
-        parameters = export_graph(made, config, weights, head, precision)
+        parameters = export_graphs(made, config, weights, head, precision)
         (made / TOKENIZER_FILE).write_text(tokenizer.to_str(), "utf-8")
-        files = {name: made / name for name in (MODEL_FILE, DATA_FILE, TOKENIZER_FILE)}
+        graphs = map(graph_file, precision.plans)
+        files = {name: made / name for name in (*graphs, DATA_FILE, TOKENIZER_FILE)}
         manifest = _manifest(config, release, verdict, precision, parameters)
         draft = write_artifact(made / "draft", manifest, files)
         engine = OnnxEngine(draft)

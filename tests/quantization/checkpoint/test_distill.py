@@ -26,6 +26,7 @@ from guard_quantization.checkpoint.streaming import load_llama
 from guard_quantization.data import Row
 from guard_quantization.export.decoder import Precision
 from guard_quantization.export.hf import LLAMA_GUARD_3_1B, export_checkpoint
+from guard_service.artifact import load
 from guard_service.engines.fake import FakeEngine
 from guard_service.engines.onnx import OnnxEngine
 from guard_service.prompt import PromptBuilder
@@ -93,7 +94,7 @@ def test_a_checkpoint_and_the_artifact_made_of_it_believe_the_same(
     export_checkpoint(
         source, tmp_path / "artifact", LLAMA_GUARD_3_1B, Precision(bits=32, embedding_bits=32)
     )
-    engine = OnnxEngine.open(tmp_path / "artifact")
+    engine = OnnxEngine(load(tmp_path / "artifact"))
     draw, rng = Draw(shuffle=1.0, drop=1.0), random.Random(1)
     some = [asked(row(n), 1.0, LLAMA_GUARD_3[:13], draw, rng) for n in range(6)]
     of_folder = CheckpointTeacher(source, "llama-guard-3-1b", 512).beliefs(some)

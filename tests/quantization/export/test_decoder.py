@@ -12,9 +12,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from guard_quantization.export.decoder import ExportError, Precision, Weights, export_graph
+from guard_quantization.export.decoder import ExportError, Precision, Weights, export_graphs
 from guard_quantization.export.int4 import Blocks, quantize_blocks
 from guard_quantization.llama import GuardLlama, LlamaShape
+from guard_service.engines.expanding import SEVEN_BITS, matrices
+from guard_service.engines.graph_files import graph_tensors
+from guard_service.engines.plans import EXPANDED, FP32, INT8, PLANS, STORED, graph_file
 
 Arrays = dict[str, NDArray[Any]]
 FLOAT = Precision(bits=32, embedding_bits=32)
@@ -52,9 +55,18 @@ class Runner:
         weights: Weights,
         precision: Precision,
         head: tuple[int, ...] | None = None,
+        plan: str = STORED,
     ) -> None:
-        export_graph(folder, config, weights, head, precision)
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+        export_graphs(folder, config, weights, head, precision)
+        options = onnxruntime.SessionOptions()
+        if plan != STORED:
+            stored = graph_tensors((folder / graph_file(STORED)).read_bytes())
+            tensors = graph_tensors((folder / graph_file(plan)).read_bytes())
+            wanted = [tensor for tensor in tensors if tensor.location == EXPANDED]
+            made = matrices(folder, {t.name: t for t in stored}, wanted, precision.bits, SEVEN_BITS)
+            values = map(onnxruntime.OrtValue.ortvalue_from_numpy, made.values())
+            options.add_external_initializers(list(made), list(values))
+        self.session = onnxruntime.InferenceSession(str(folder / graph_file(plan)), options)
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.nothing: Arrays = {
             value.name: np.zeros([0 if size == "P" else size for size in value.shape], np.float32)
@@ -99,15 +111,22 @@ def test_float_export_equals_torch_with_and_without_a_snapshot(
 
 
 @pytest.mark.parametrize(
-    "precision",
-    [FLOAT, Precision(8, 32, 8), Precision(4, 32, 4), Precision(4, 32, 4, kernel="rows")],
+    ("precision", "plan"),
+    [
+        (FLOAT, STORED),
+        (Precision(8, 32, 8), STORED),
+        (Precision(4, 32, 4), STORED),
+        (Precision(4, 32, 4), INT8),
+        (Precision(4, 32, 4), FP32),
+    ],
     ids=str,
 )
 def test_a_row_scores_the_same_alone_and_in_a_batch(
-    tmp_path: Path, batch: tuple[NDArray[np.int64], ...], precision: Precision
+    tmp_path: Path, batch: tuple[NDArray[np.int64], ...], precision: Precision, plan: str
 ) -> None:
     prefix, rows, read = batch
-    runner = Runner(tmp_path, SHAPE.config(), state_of(lively(GuardLlama(SHAPE, 11))), precision)
+    state = state_of(lively(GuardLlama(SHAPE, 11)))
+    runner = Runner(tmp_path, SHAPE.config(), state, precision, plan=plan)
     past = runner.snapshot(prefix)
     together = runner.logits(rows, read, past)
     for row, places, wanted in zip(rows, read, together, strict=True):
@@ -116,22 +135,28 @@ def test_a_row_scores_the_same_alone_and_in_a_batch(
 
 
 @pytest.mark.parametrize(
-    ("precision", "most"),
+    ("precision", "plan", "most"),
     [
-        (Precision(8, 32, 8, 0), 0.02),
-        (Precision(8, 32, 8), 0.04),
-        (Precision(8, 32, 8, kernel="rows"), 0.06),
-        (Precision(4, 32, 4), 0.35),
-        (Precision(4, 32, 4, kernel="rows"), 0.35),
+        (Precision(8, 32, 8, 0), STORED, 0.02),
+        (Precision(8, 32, 8), STORED, 0.04),
+        (Precision(8, 32, 8), FP32, 0.02),
+        (Precision(8, 32, 8), INT8, 0.06),
+        (Precision(4, 32, 4), STORED, 0.35),
+        (Precision(4, 32, 4), FP32, 0.35),
+        (Precision(4, 32, 4), INT8, 0.35),
     ],
     ids=str,
 )
 def test_quantized_logits_stay_near_torch(
-    tmp_path: Path, batch: tuple[NDArray[np.int64], ...], precision: Precision, most: float
+    tmp_path: Path,
+    batch: tuple[NDArray[np.int64], ...],
+    precision: Precision,
+    plan: str,
+    most: float,
 ) -> None:
     prefix, rows, read = batch
     model = lively(GuardLlama(SHAPE, head_tokens=11))
-    runner = Runner(tmp_path, SHAPE.config(), state_of(model), precision)
+    runner = Runner(tmp_path, SHAPE.config(), state_of(model), precision, plan=plan)
     with torch.no_grad():
         wanted = model(*map(torch.from_numpy, batch)).numpy()
     error = runner.logits(rows, read, runner.snapshot(prefix)) - wanted
@@ -148,17 +173,18 @@ def quantized(state: Arrays, bits: int, block: int) -> dict[str, NDArray[Any] | 
     }
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "rows"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_codes_of_a_quantized_checkpoint_are_exported_as_they_are(
-    tmp_path: Path, batch: tuple[NDArray[np.int64], ...], kernel: str
+    tmp_path: Path, batch: tuple[NDArray[np.int64], ...], plan: str
 ) -> None:
     _, rows, read = batch
-    precision = Precision(4, 32, 4, kernel=kernel)
+    precision = Precision(4, 32, 4)
     state = state_of(lively(GuardLlama(SHAPE, 11)))
     for folder in ("floats", "codes"):
         (tmp_path / folder).mkdir()
-    floats = Runner(tmp_path / "floats", SHAPE.config(), state, precision)
-    codes = Runner(tmp_path / "codes", SHAPE.config(), quantized(state, 4, 32), precision)
+    floats = Runner(tmp_path / "floats", SHAPE.config(), state, precision, plan=plan)
+    blocks = quantized(state, 4, 32)
+    codes = Runner(tmp_path / "codes", SHAPE.config(), blocks, precision, plan=plan)
     np.testing.assert_allclose(codes.logits(rows, read), floats.logits(rows, read), atol=1e-4)
 
 
@@ -175,7 +201,7 @@ def test_codes_of_another_precision_are_refused(
 ) -> None:
     weights = quantized(state_of(GuardLlama(SHAPE, 11)), 4, 32)
     with pytest.raises(ValueError, match=said):
-        export_graph(tmp_path, SHAPE.config(), weights, None, precision)
+        export_graphs(tmp_path, SHAPE.config(), weights, None, precision)
 
 
 def test_matrices_quantized_unlike_are_refused(tmp_path: Path) -> None:
@@ -183,7 +209,7 @@ def test_matrices_quantized_unlike_are_refused(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     weights = {**quantized(state, 4, 32), name: state[name]}
     with pytest.raises(ExportError, match="quantized alike"):
-        export_graph(tmp_path, SHAPE.config(), weights, None, Precision(4, 32, 4))
+        export_graphs(tmp_path, SHAPE.config(), weights, None, Precision(4, 32, 4))
 
 
 def test_what_is_not_a_plain_llama_is_refused(tmp_path: Path) -> None:
@@ -197,12 +223,12 @@ def test_what_is_not_a_plain_llama_is_refused(tmp_path: Path) -> None:
         folder = tmp_path / said
         folder.mkdir()
         with pytest.raises(ExportError, match=said):
-            export_graph(folder, {**SHAPE.config(), **change}, weights, None, FLOAT)
+            export_graphs(folder, {**SHAPE.config(), **change}, weights, None, FLOAT)
 
 
 def test_an_export_is_never_written_over(tmp_path: Path) -> None:
     weights = state_of(GuardLlama(SHAPE, 11))
-    parameters = export_graph(tmp_path, SHAPE.config(), weights, None, FLOAT)
+    parameters = export_graphs(tmp_path, SHAPE.config(), weights, None, FLOAT)
     assert parameters == sum(array.size for array in weights.values())
     with pytest.raises(FileExistsError):
-        export_graph(tmp_path, SHAPE.config(), weights, None, FLOAT)
+        export_graphs(tmp_path, SHAPE.config(), weights, None, FLOAT)

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_quantization.export.artifact import verdict_tokens
-from guard_quantization.export.decoder import ExportError, Precision, export_graph
+from guard_quantization.export.decoder import ExportError, Precision, export_graphs
 from guard_quantization.export.hf import LLAMA_GUARD_3_1B, Checkpoint, export_checkpoint
+from guard_service.artifact import load
 from guard_service.conversation import Conversation
 from guard_service.engines.onnx import OnnxEngine
 from tests.quantization.export.test_decoder import Runner
@@ -88,7 +89,7 @@ def test_an_exported_folder_scores_as_transformers_does(
     source: Path, tmp_path: Path, precision: Precision, most: float
 ) -> None:
     artifact = export_checkpoint(source, tmp_path / "guard", precision=precision)
-    engine = OnnxEngine.open(tmp_path / "guard")
+    engine = OnnxEngine(load(tmp_path / "guard"))
     engine.self_test()
     (prompt,) = engine.prompt_builder().build(CONVERSATION, LLAMA_GUARD_3[:13]).prompts
     (found,) = engine.assess([prompt])
@@ -131,6 +132,6 @@ def test_damaged_and_missing_tensors_are_named(source: Path, tmp_path: Path) -> 
         shard.write_bytes(shard.read_bytes()[:100])
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ExportError, match="cannot be read"):
-        export_graph(tmp_path, config, Checkpoint(folder), (1,), FLOAT)
+        export_graphs(tmp_path, config, Checkpoint(folder), (1,), FLOAT)
     with pytest.raises(ExportError, match="no tensor x"):
         Checkpoint(folder)["x"]

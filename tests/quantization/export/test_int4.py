@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,8 @@ from onnx import TensorProto, helper
 
 from guard_quantization.export.graph import Graph
 from guard_quantization.export.int4 import fake_quantize_rows, quantize_blocks, stack, unpack
-from guard_quantization.export.layers import Precision, linear
+from guard_quantization.export.layers import Linear, Matrix
+from guard_service.engines.plans import INT8
 
 Floats = NDArray[np.float32]
 
@@ -188,19 +188,22 @@ def test_int8_rows_equal_their_definition_in_float64(x: Floats) -> None:
 
 def test_int8_rows_are_those_of_the_rows_kernel() -> None:
     rng = np.random.default_rng(3)
-    x = (rng.standard_normal((2, 5, 16)) * rng.uniform(0.01, 30, (2, 5, 1))).astype(np.float32)
-    x[1, 2] = 0
-    g = Graph(io.BytesIO())
-    # one row per channel and 63 codes: weights of the kernel that are exact
-    y = linear(g, "x", "one", np.eye(16, dtype=np.float32), Precision(bits=8, kernel="rows"))
+    x = (rng.standard_normal((10, 16)) * rng.uniform(0.01, 30, (10, 1))).astype(np.float32)
+    x[7] = 0
+    g = Graph({})
+    y = Linear(g, INT8, 4)("x", Matrix("one", 16, 16, 8, 16))
     graph = helper.make_graph(
         [*g.nodes, helper.make_node("Identity", [y], ["y"])],
         "rows",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 5, 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 5, 16])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [10, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [10, 16])],
         g.initializers,
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    exact = {"one.int8": np.eye(16, dtype=np.int8), "one.int8_scales": np.ones(16, np.float32)}
+    values = map(onnxruntime.OrtValue.ortvalue_from_numpy, exact.values())
+    options.add_external_initializers(list(exact), list(values))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     np.testing.assert_allclose(session.run(["y"], {"x": x})[0], fake_quantize_rows(x), rtol=1e-5)

@@ -65,10 +65,11 @@ class PromptBuilder:
     spells, and delimiters of the templates in it are defused (`delimiters`, `turns`).
 
     A conversation of more than `window_tokens` becomes several prompts, in order. Each later window
-    begins with the label of the turn it starts in, shares a quarter with the one before, and a cut
+    begins with the label of the turn it starts in, shares a sixth with the one before, and a cut
     turn gets its end. A window that stops before the last turn is judged as the conversation that
-    ends there, so its direction is that of the turn it stops in. With several images there is a
-    prompt for each image and window.
+    ends there, so its direction is that of the turn it stops in. Text added to the last turn leaves
+    all windows but the last as they are. With several images there is a prompt for each image and
+    window.
 
     The builder keeps `tokenizer` and sets it to read special tokens as text.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_service.conversation import Conversation
 from guard_service.prompt import BuiltPrompt, PromptBuilder
+from guard_service.windows import overlap_of, spans
 from tests.service.own_tokenizer import own_tokenizer
 
 
@@ -36,13 +38,13 @@ def test_a_conversation_as_long_as_the_window_is_one_prompt() -> None:
     assert len(_build(conversation, length - 1).prompts) == 2
 
 
-def test_later_windows_begin_with_the_label_of_their_turn_and_share_a_quarter() -> None:
+def test_later_windows_begin_with_the_label_of_their_turn_and_share_a_sixth() -> None:
     conversation = Conversation.of(("user", "kettle " * 200), ("assistant", "sings " * 200))
     built = _build(conversation, 80)
     assert all(_text(p.body).startswith(("User: kettle", "Agent: sings")) for p in built.prompts)
     assert all(_text(p.body).endswith("\n\n") for p in built.prompts)
-    for (_, end), (start, _) in zip(built.windows[:-2], built.windows[1:-1], strict=True):
-        assert 20 <= end - start <= 23
+    shared = [end - start for (_, end), (start, _) in pairwise(built.windows)]
+    assert shared.count(13) == len(shared) - 1  # one makes room for the context of the last turn
     assert built.windows[-1][1] == built.conversation_tokens
 
 
@@ -52,7 +54,8 @@ def test_a_window_is_judged_as_the_conversation_that_ends_there() -> None:
         len(built.prompts) - 1
     )
     assert built.prompts[-1].direction is built.direction is Direction.RESPONSE
-    assert _text(built.prompts[-1].body).endswith("kettle \n\nAgent: sings\n\n")
+    context = _text(built.prompts[-1].body).removesuffix("\n\nAgent: sings\n\n").split()
+    assert context == ["User:", *["kettle"] * (len(context) - 1)] and len(context) > 80 // 4
     assert built.prompts[0].prefix != built.prompts[-1].prefix
 
 
@@ -89,6 +92,26 @@ def test_windows_cover_every_token_and_end_with_the_last_message(
             if prompt.body[: len(label)] == label
         ]
         assert any(body[: end - start] == whole[start:end] for body in bare)
+
+
+_TURN = st.tuples(st.integers(1, 4), st.integers(0, 300))  # tokens of the label, and behind it
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_TURN, min_size=1, max_size=5), st.integers(0, 300), st.integers(40, 200))
+def test_windows_of_a_growing_turn_stay_and_hold_every_sentence_of_a_sixth(
+    turns: list[tuple[int, int]], more: int, size: int
+) -> None:
+    lengths = [head + text for head, text in turns]
+    starts = [sum(lengths[:at]) for at in range(len(lengths))]
+    heads, total = [head for head, _ in turns], sum(lengths)
+    before = list(spans(starts, heads, total, size, 2))
+    after = list(spans(starts, heads, total + more, size, 2))
+    assert after[: len(before) - 1] == before[:-1]
+    for (start, end), (later, later_end) in pairwise(after):
+        assert start < later <= end - overlap_of(size) and end < later_end
+    context, half = max(starts[-1] - size // 2, 0), starts[-1] + size // 2 - max(heads) - 2
+    assert any(start <= context and end >= min(total + more, half) for start, end in after)
 
 
 @pytest.mark.parametrize("unit", ["kettle ", "x", " ", "\n", "<", "\nUser", "日", "\u200b", "? \n"])

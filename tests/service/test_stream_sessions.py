@@ -196,11 +196,12 @@ async def _streamed(
     return replies
 
 
+@pytest.mark.parametrize("window", [1200, 320])  # all of it in one, and in four
 async def test_a_long_reply_costs_little_more_than_its_tokens(
-    run_guard: RunGuard, tmp_path_factory: pytest.TempPathFactory
+    run_guard: RunGuard, tmp_path_factory: pytest.TempPathFactory, window: int
 ) -> None:
     release = replace(
-        RELEASE, template="compact-fixed", custom_categories=False, window_tokens=1200
+        RELEASE, template="compact-fixed", custom_categories=False, window_tokens=window
     )
     engine = OnnxEngine(tiny_artifact(tmp_path_factory.mktemp("artifacts") / "wide", release))
     guard = await run_guard(engine)
@@ -208,9 +209,10 @@ async def test_a_long_reply_costs_little_more_than_its_tokens(
     pieces = [text[at : at + 43] for at in range(0, len(text), 43)]
     replies = await _streamed(guard, pieces)
     checks = [reply.verdict for reply in replies]
-    (prompt,) = prompts_of(engine, "".join(pieces))
-    closing = len(prompt.closing) + VERDICT_TOKENS
-    reply_tokens = len(prompt.body) - len(prompts_of(engine, "")[0].body)
+    closing = len(prompts_of(engine, "")[0].closing) + VERDICT_TOKENS
+    whole = checks[-1].coverage
+    assert len(whole.windows) == (1 if window == 1200 else 4)
+    reply_tokens = whole.conversation_tokens - len(prompts_of(engine, "")[0].body)
     assert reply_tokens >= 1000
     assert reply_tokens / len(pieces) <= 33
     computed = sum(check.timing.computed_tokens for check in checks)
@@ -218,8 +220,11 @@ async def test_a_long_reply_costs_little_more_than_its_tokens(
     assert checks[-1].timing.computed_tokens == 0  # the whole reply was judged by then
     assert engine.session_bytes == 0
     for at in (0, 1, 11, len(pieces) - 1):
-        (wanted,) = engine.assess(prompts_of(engine, "".join(pieces[: at + 1])))
-        assert checks[at].unsafe_score == pytest.approx(wanted.assessment.unsafe_score, abs=NOISE)
+        wanted = engine.assess(prompts_of(engine, "".join(pieces[: at + 1])))
+        scores = [one.assessment.unsafe_score for one in wanted]
+        found = [one.unsafe_score for one in checks[at].coverage.windows]
+        assert found == pytest.approx(scores, abs=NOISE)
+        assert checks[at].unsafe_score == pytest.approx(max(scores), abs=NOISE)
 
 
 async def test_a_stream_whose_caller_is_gone_holds_nothing(run_guard: RunGuard, tape: Tape) -> None:

@@ -1,7 +1,9 @@
 """Recipes: what is made from what and how, read from YAML and checked field by field.
 
 Two kinds: one with a `student` trains a small guard from nothing (the starter); any other takes a
-checkpoint through the stages it names.
+checkpoint through the stages it names. A recipe with a `base`, the name of a recipe beside it, says
+only what differs: mappings are merged, everything else is replaced. A guard whose recipe has a
+base begins as the base's, grown to its own shape.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,6 +22,7 @@ from guard_quantization.checkpoint.distill import DistillPlan
 from guard_quantization.checkpoint.prune import PrunePlan
 from guard_quantization.checkpoint.quantize_plan import QuantizePlan
 from guard_quantization.data import Share
+from guard_quantization.evaluation.plan import EvaluatePlan
 from guard_quantization.export.decoder import Precision
 from guard_quantization.llama import LlamaShape
 
@@ -86,6 +89,7 @@ class Recipe:
     teacher: TeacherPlan
     student: StudentPlan
     export: Precision
+    base: Recipe | None = None  # whose student this one has grown from
 
     def digest(self, *sections: str) -> str:
         """Hash of what the named sections say, together with the seed and the held-out sources."""
@@ -118,14 +122,55 @@ class CheckpointRecipe:
     distill: Teaching | None = None
     quantize: QuantizePlan | None = None
     export: Precision
+    evaluate: EvaluatePlan | None = None
 
 
 def load_recipe(path: Path) -> Recipe | CheckpointRecipe:
     """Read a recipe. Raises RecipeError for unknown, missing and ill-typed fields."""
+    document = _document(path)
+    if not isinstance(document, dict) or "base" not in document:
+        return _recipe(document, path)
+    name = document.pop("base")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise RecipeError(f"{path}: base must name a recipe in the same folder")
+    below = _document(path.with_name(name))
+    if not isinstance(below, dict) or "base" in below or below.get("name") == document.get("name"):
+        raise RecipeError(f"{path}: base must be a recipe of another name, without a base")
+    recipe, base = _recipe(_merged(below, document), path), _recipe(below, path.with_name(name))
+    return replace(recipe, base=base) if isinstance(recipe, Recipe) else recipe
+
+
+def load_starter_recipe(path: Path) -> Recipe:
+    """`load_recipe` where only a recipe with a student will do."""
+    recipe = load_recipe(path)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path}: a recipe without a student")
+    return recipe
+
+
+def load_checkpoint_recipe(path: Path) -> CheckpointRecipe:
+    """`load_recipe` where only a recipe that takes a checkpoint will do."""
+    recipe = load_recipe(path)
+    if not isinstance(recipe, CheckpointRecipe):
+        raise RecipeError(f"{path}: a recipe with a student takes no checkpoint")
+    return recipe
+
+
+def _document(path: Path) -> Any:
     try:
-        document = yaml.safe_load(path.read_text("utf-8"))
+        return yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    changed = {name: _merged(below[name], above[name]) for name in above if name in below}
+    return {**below, **above, **changed}
+
+
+def _recipe(document: Any, path: Path) -> Recipe | CheckpointRecipe:
     starter = isinstance(document, dict) and "student" in document
     try:
         recipe: Recipe | CheckpointRecipe = _made(
@@ -138,20 +183,16 @@ def load_recipe(path: Path) -> Recipe | CheckpointRecipe:
     return recipe
 
 
-def load_starter_recipe(path: Path) -> Recipe:
-    """`load_recipe` where only a recipe with a student will do."""
-    recipe = load_recipe(path)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{path}: a recipe without a student")
-    return recipe
-
-
 def _epochs(recipe: Recipe | CheckpointRecipe) -> list[Epoch]:
     if isinstance(recipe, Recipe):
         recipe.student.llama(1)
         return [*recipe.teacher.epochs, *recipe.student.epochs]
-    taught = recipe.distill
-    return [recipe.calibration, *((*taught.epochs, taught.held) if taught else ())]
+    taught, judged = recipe.distill, recipe.evaluate
+    return [
+        recipe.calibration,
+        *((*taught.epochs, taught.held) if taught else ()),
+        *((judged.rows,) if judged else ()),
+    ]
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:

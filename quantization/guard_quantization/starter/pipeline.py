@@ -22,6 +22,7 @@ from guard_quantization.export.artifact import verdict_tokens
 from guard_quantization.llama import GuardLlama
 from guard_quantization.recipe import Epoch, Recipe, shares
 from guard_quantization.starter.exchange import exchanged_rows
+from guard_quantization.starter.grow import grown
 from guard_quantization.starter.student import HEAD_ROWS, Classroom, Student, distill
 from guard_quantization.starter.teacher import CODES, Judge, train_teacher
 from guard_quantization.starter.vocabulary import token_vectors, train_tokenizer
@@ -49,6 +50,7 @@ class Pipeline:
         self.recipe, self.data, self.encoder, self.wordnet = recipe, data, encoder, wordnet
         self.folder = runs / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.base = recipe.base and Pipeline(recipe.base, data, runs, encoder, wordnet)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -88,6 +90,8 @@ class Pipeline:
 
     def tokenizer(self) -> Tokenizer:
         """Stage 1: the student's tokenizer."""
+        if self.base:
+            return self.base.tokenizer()
         path = self.folder / "tokenizer.json"
 
         def make() -> None:
@@ -100,6 +104,8 @@ class Pipeline:
 
     def teacher(self) -> Judge:
         """Stage 2: the fine-tuned encoder."""
+        if self.base:
+            return self.base.teacher()
         plan = self.recipe.teacher
         judge = Judge(self.encoder, plan.most_tokens)
         checkpoint = self.folder / "teacher.pt"
@@ -116,6 +122,8 @@ class Pipeline:
 
     def views(self) -> tuple[dict[str, int], Tensor, Tensor]:
         """Stage 3: what the teacher thinks of the student's rows: index by id, logits, outputs."""
+        if self.base:
+            return self.base.views()
         path = self.folder / "views.pt"
 
         def make() -> None:
@@ -158,14 +166,26 @@ class Pipeline:
                 quantized_from=plan.quantized_from,
             )
 
-        self._stage("student", ("tokenizer", "teacher", "student"), make)
+        sections = ("tokenizer", "teacher", "student", *(("base",) if self.base else ()))
+        self._stage("student", sections, make)
         student.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         student.eval()
         return student, Classroom(builder, spoken, {})
 
     def new_student(self, tokenizer: Tokenizer) -> Student:
-        """A student at its beginning: embeddings from the encoder, a last layer that pools."""
+        """A student at its beginning: embeddings from the encoder, a last layer that pools.
+
+        With a base, the base's student grown to this shape.
+        """
         shape = self.recipe.student.llama(tokenizer.get_vocab_size())
+        if self.base:
+            taught = self.base.student()[0]
+            llama = GuardLlama(shape, HEAD_ROWS, self.recipe.student.dropout)
+            state = taught.llama.state_dict()
+            llama.load_state_dict(grown(state, taught.llama.shape, shape, self.recipe.seed))
+            student = Student(llama, taught.project.out_features)
+            student.project.load_state_dict(taught.project.state_dict())
+            return student
         encoder_tokenizer = AutoTokenizer.from_pretrained(self.encoder, local_files_only=True)
         encoder = BertModel.from_pretrained(self.encoder, local_files_only=True).eval()
         torch.manual_seed(self.recipe.seed)

@@ -211,7 +211,7 @@ def distill(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     fit(
         student, optimizer, work, loss_of, what="student", checkpoint=checkpoint, around=around,
-        warmup=150, every=200,
+        warmup=150, every=100,
     )  # fmt: skip
 
 

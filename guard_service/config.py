@@ -44,6 +44,7 @@ class Settings:
     default_policy: str = _knob("default", "the policy of requests that name none")
     threads: int = _knob(0, "threads of the engine; 0 takes one per core of this process", 0, 1024)
     lanes: int = _knob(0, "engine runs at once, which share the threads; 0: one per 8", 0, 256)
+    device: str = _knob("auto", "cpu, cuda, or auto: CUDA where onnxruntime has it")
     kernel_plan: str = _knob("auto", "stored, int8, fp32, or auto: the fastest here, measured once")
     prepared: str = _knob(
         "auto", "folder that keeps graphs made ready; auto: the user's cache folder; none"
@@ -128,6 +129,7 @@ TYPES: dict[str, Any] = typing.get_type_hints(Settings)
 _CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),
+    "device": ("auto", "cpu", "cuda"),
     "kernel_plan": ("auto", "stored", "int8", "fp32"),
 }
 

@@ -259,6 +259,7 @@ def engine_of(settings: Settings) -> Engine:
         plan=settings.kernel_plan,
         lanes=settings.engine_lanes,
         prepared=settings.prepared_folder,
+        device=settings.device,
     )
 
 

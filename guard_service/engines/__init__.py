@@ -117,12 +117,14 @@ def open_engine(
     plan: str = AUTO,
     lanes: int = 1,
     prepared: Path | None = None,
+    device: str = "auto",
 ) -> Engine:
     """Load a model: "starter" (in this package), "fake" (for tests), or an artifact folder.
 
     `session_bytes` bounds what is kept of growing conversations, all of them together. `plan` is a
     kernel plan of `engines.plans`; `auto` takes the fastest here, measured unless the folder
-    `prepared` remembers it. Each of `lanes` has `threads` threads of its own.
+    `prepared` remembers it. Each of `lanes` has `threads` threads of its own. `device` is `cpu`,
+    `cuda`, or `auto`: CUDA where onnxruntime has it.
     Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
     loaded. Ready to serve only once `self_test` has passed.
     """
@@ -134,7 +136,7 @@ def open_engine(
 
     def opened(folder: Path) -> Engine:
         return open_artifact(
-            load(folder), threads, prefix_cache, session_bytes, plan, lanes, prepared
+            load(folder), threads, prefix_cache, session_bytes, plan, lanes, prepared, device
         )
 
     if model == STARTER:

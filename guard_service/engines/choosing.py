@@ -9,7 +9,7 @@ from pathlib import Path
 
 from guard_service.artifact import Artifact
 from guard_service.engines import EngineFailed
-from guard_service.engines.loading import plans_of
+from guard_service.engines.loading import device_for, plans_of
 from guard_service.engines.onnx import OnnxEngine
 from guard_service.engines.plans import AUTO, FP32, STORED
 from guard_service.engines.prepared import Prepared
@@ -28,9 +28,12 @@ def open_artifact(
     plan: str,
     lanes: int,
     folder: Path | None,
+    device: str,
 ) -> OnnxEngine:
     """The artifact's engine by the named plan, or by the fastest. Raises EngineFailed."""
-    prepared = Prepared(folder)
+    prepared, device = Prepared(folder), device_for(device)
+    if plan == AUTO and device == "cuda":
+        plan = STORED
     if plan == AUTO:
         plan = _remembered(artifact, threads, prepared) or _measured(artifact, threads, prepared)
     return OnnxEngine(
@@ -41,6 +44,7 @@ def open_artifact(
         plan=plan,
         lanes=lanes,
         prepared=prepared,
+        device=device,
     )
 
 

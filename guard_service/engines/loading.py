@@ -14,9 +14,10 @@ from guard_service.artifact import Artifact
 from guard_service.engines import EngineFailed
 from guard_service.engines.expanding import EIGHT_BITS, SEVEN_BITS, matrices
 from guard_service.engines.graph_files import Tensor, UnreadableGraph, graph_tensors
-from guard_service.engines.plans import EXPANDED, PLANS, STORED, graph_file
+from guard_service.engines.plans import EXPANDED, INT8, PLANS, STORED, graph_file
 from guard_service.engines.prepared import DATA, GRAPH, Prepared, flags
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _WORTH_KEEPING = 64 * 2**20  # bytes of weights from which expanding takes a second or more
 _MOST_GRAPH_BYTES = 64 * 2**20
 _NO_SATURATION = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
@@ -36,9 +37,23 @@ def plans_of(artifact: Artifact) -> tuple[str, ...]:
     return tuple(plan for plan in PLANS if graph_file(plan) in files)
 
 
-def open_graph(artifact: Artifact, plan: str, threads: int, prepared: Prepared) -> Graph:
+def device_for(wanted: str) -> str:
+    """`cpu` or `cuda`, where `auto` takes what is there. Raises EngineFailed when it is not."""
+    there = _CUDA in onnxruntime.get_available_providers()
+    if wanted == "cuda" and not there:
+        raise EngineFailed(
+            "device cuda: this onnxruntime has no CUDA; install onnxruntime-gpu in its place"
+        )
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def open_graph(
+    artifact: Artifact, plan: str, threads: int, prepared: Prepared, device: str = "cpu"
+) -> Graph:
     """The plan's graph, ready to run. Raises EngineFailed when it cannot be loaded."""
     name = graph_file(plan)
+    if device == "cuda" and plan == INT8:
+        raise EngineFailed("kernel plan int8 is for processors; on CUDA take stored or fp32")
     if plan not in plans_of(artifact):
         raise EngineFailed(
             f"the artifact has no graph for kernel plan {plan!r}; "
@@ -47,15 +62,17 @@ def open_graph(artifact: Artifact, plan: str, threads: int, prepared: Prepared) 
     try:
         if plan == STORED:
             _tensors(artifact, name)  # refuses what takes weights from elsewhere
-            return Graph(_session(artifact.folder / name, _options(threads)))
-        return _expanded(artifact, plan, threads, prepared)
+            return Graph(_session(artifact.folder / name, _options(threads), device))
+        return _expanded(artifact, plan, threads, prepared, device)
     except (UnreadableGraph, OSError) as error:
         raise EngineFailed(f"{name} cannot be loaded: {error}") from error
 
 
-def _expanded(artifact: Artifact, plan: str, threads: int, prepared: Prepared) -> Graph:
+def _expanded(
+    artifact: Artifact, plan: str, threads: int, prepared: Prepared, device: str
+) -> Graph:
     """A graph whose matrices are made now, or were on an earlier start."""
-    keep = _weight_bytes(artifact) >= _WORTH_KEEPING
+    keep = device == "cpu" and _weight_bytes(artifact) >= _WORTH_KEEPING
     if keep:
         for _ in range(2):  # the second time after one that was damaged
             ready = prepared.graph(artifact.digest, plan) or prepared.make(
@@ -68,7 +85,7 @@ def _expanded(artifact: Artifact, plan: str, threads: int, prepared: Prepared) -
             except EngineFailed:
                 prepared.drop(artifact.digest, plan)
     options, made = _fed(artifact, plan, threads)
-    return Graph(_session(artifact.folder / graph_file(plan), options), made)
+    return Graph(_session(artifact.folder / graph_file(plan), options, device), made)
 
 
 def _write(artifact: Artifact, plan: str, threads: int, folder: Path) -> None:
@@ -125,8 +142,9 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _session(path: Path, options: Any) -> Any:
+def _session(path: Path, options: Any, device: str = "cpu") -> Any:
+    providers = [_CUDA, _CPU] if device == "cuda" else [_CPU]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no base class
         raise EngineFailed(f"{path.name} cannot be loaded: {error}") from error

@@ -1,4 +1,4 @@
-"""An artifact in onnxruntime on the CPU: every score from one forward pass."""
+"""An artifact in onnxruntime: every score from one forward pass."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class OnnxEngine(Engine):
     Keys and values of a prefix are computed once and kept (`prefix_cache`), and those of a growing
     conversation in its session, all sessions together within `session_bytes`. `plan` names the
     kernels that multiply the weights (`engines.plans`). Each of the lanes has `threads` of its own,
-    and so many calls may run at once.
+    and so many calls may run at once. `device` is `cpu` or `cuda`.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class OnnxEngine(Engine):
         plan: str = STORED,
         lanes: int = 1,
         prepared: Prepared | None = None,
+        device: str = "cpu",
     ) -> None:
         """Raises EngineFailed when the graph cannot be loaded or does not fit the manifest."""
         manifest = artifact.manifest
@@ -69,7 +70,7 @@ class OnnxEngine(Engine):
         self._builder = _builder(artifact)
         self._free: SimpleQueue[Graph] = SimpleQueue()
         for _ in range(lanes):
-            graph = open_graph(artifact, plan, threads, prepared or Prepared(None))
+            graph = open_graph(artifact, plan, threads, prepared or Prepared(None), device)
             _check_graph(graph.session, manifest)
             self._free.put(graph)
         self._column = {token: at for at, token in enumerate(manifest.verdict.head)}

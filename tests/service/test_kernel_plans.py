@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from guard_quantization.export.decoder import Precision
@@ -208,3 +209,20 @@ def test_tensors_that_do_not_fit_are_refused(
     }
     with pytest.raises(UnreadableGraph):
         matrices(Path(), known, [Tensor("w.int8", dims, b"", "expanded", 0, 0)], 4, 127)
+
+
+CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+@pytest.mark.skipif(CUDA, reason="this onnxruntime has CUDA")
+def test_cuda_that_is_not_there_is_refused_with_the_cure(artifact: Artifact) -> None:
+    with pytest.raises(EngineFailed, match="install onnxruntime-gpu"):
+        open_engine(artifact.folder, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="this onnxruntime has no CUDA")
+@pytest.mark.parametrize("plan", [STORED, "fp32"])
+def test_on_cuda_the_golden_prompts_score_the_same(artifact: Artifact, plan: str) -> None:
+    engine = open_engine(artifact.folder, plan=plan, device="cuda")
+    engine.self_test()

@@ -17,6 +17,7 @@ from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import open_aio_channel
 from guard_middleware.errors import GuardError
 from guard_middleware.fallback import LEARN_TIMEOUT_S, Fallback
+from guard_middleware.retry import Attempts
 from guard_middleware.service_info import PolicyList, ServiceInfo, read_info, read_policies
 from guard_middleware.terms import Terms
 from guard_middleware.turns import Turns, direction_of
@@ -82,13 +83,19 @@ class AsyncGuardClient:
         self, items: Sequence[Item | Turns], *, timeout_s: float | None = None
     ) -> list[Outcome | GuardError]:
         """See GuardClient.classify_batch."""
-        request = calls.batch_request(items)
+        batch = calls.Batch(calls.batch_request(items))
         await self._learn()
-        try:
-            reply = await self._call(self._stub.ClassifyBatch, request, timeout_s)
-            return calls.batch_outcomes(request, reply, self._fallback)
-        except GuardError as error:
-            return calls.failed_batch(request, error, self._fallback)
+        attempts = self._terms.attempts(timeout_s)
+        while True:
+            try:
+                reply = await self._tried(self._stub.ClassifyBatch, batch.request, attempts)
+                error = batch.read(reply)
+            except GuardError as failed:
+                return batch.failed(failed, self._fallback)
+            pause = attempts.pause_after(error) if error else None
+            if pause is None:
+                return batch.outcomes(self._fallback)
+            await self._sleep(pause)
 
     async def classify_stream(
         self,
@@ -149,7 +156,9 @@ class AsyncGuardClient:
                 return  # unknown means block, and the call itself will tell what is wrong
 
     async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
-        attempts = self._terms.attempts(timeout_s)
+        return await self._tried(method, request, self._terms.attempts(timeout_s))
+
+    async def _tried(self, method: Callable[..., Any], request: Any, attempts: Attempts) -> Any:
         while True:
             try:
                 return await method(

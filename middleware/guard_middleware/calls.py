@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from guard_api.v1 import guard_pb2
 from guard_middleware.errors import BadReply, GuardError, from_item
 from guard_middleware.fallback import Fallback
+from guard_middleware.retry import passing
 from guard_middleware.turns import Turns, direction_of, read_turns
 from guard_middleware.verdict import Outcome, StreamOutcome, read_result, read_verdict
 from guard_policies.assessment import Direction
@@ -62,18 +63,48 @@ def single_outcome(reply: guard_pb2.ClassifyResponse) -> Outcome:
     return read_verdict(reply.verdict)
 
 
-def batch_outcomes(
-    request: guard_pb2.ClassifyBatchRequest,
-    reply: guard_pb2.ClassifyBatchResponse,
-    fallback: Fallback,
-) -> list[Outcome | GuardError]:
-    """One entry per request, in order; an item's own error stands where its verdict would."""
-    if len(reply.results) != len(request.requests):
-        raise BadReply("the batch was answered with another number of results")
-    return [
-        _item_outcome(one, result, fallback)
-        for one, result in zip(request.requests, reply.results, strict=True)
-    ]
+class Batch:
+    """A batch under way: items that failed for the moment are asked again, the others are kept."""
+
+    def __init__(self, request: guard_pb2.ClassifyBatchRequest) -> None:
+        self._requests = request.requests
+        self._waiting = list(range(len(request.requests)))
+        self._results: dict[int, guard_pb2.ClassifyResult] = {}
+
+    @property
+    def request(self) -> guard_pb2.ClassifyBatchRequest:
+        """The items to ask about."""
+        return guard_pb2.ClassifyBatchRequest(requests=[self._requests[at] for at in self._waiting])
+
+    def read(self, reply: guard_pb2.ClassifyBatchResponse) -> GuardError | None:
+        """Keep what was answered; one of the errors after which asking again may help, if any."""
+        if len(reply.results) != len(self._waiting):
+            raise BadReply("the batch was answered with another number of results")
+        errors = {}
+        for at, result in zip(self._waiting, reply.results, strict=True):
+            self._results[at] = result
+            if result.HasField("error") and passing(error := from_item(result.error)):
+                errors[at] = error
+        self._waiting = list(errors)
+        return next(iter(errors.values()), None)
+
+    def outcomes(self, fallback: Fallback) -> list[Outcome | GuardError]:
+        """One entry per item, in order; an item's own error stands where its verdict would."""
+        return [
+            _item_outcome(one, self._results[at], fallback) for at, one in enumerate(self._requests)
+        ]
+
+    def failed(self, error: GuardError, fallback: Fallback) -> list[Outcome | GuardError]:
+        """The outcomes when a call failed as a whole: what was answered before stays.
+
+        Raises where that was declared and nothing was answered.
+        """
+        if self._results:
+            return self.outcomes(fallback)
+        return [
+            fallback.outcome(error, one.policy, direction_of(one.conversation))
+            for one in self._requests
+        ]
 
 
 def _item_outcome(
@@ -89,16 +120,6 @@ def _item_outcome(
             return fallback.outcome(error, request.policy, direction_of(request.conversation))
         except GuardError as raised:
             return raised
-
-
-def failed_batch(
-    request: guard_pb2.ClassifyBatchRequest, error: GuardError, fallback: Fallback
-) -> list[Outcome | GuardError]:
-    """The outcomes when the whole call failed; raises where that was declared."""
-    return [
-        fallback.outcome(error, one.policy, direction_of(one.conversation))
-        for one in request.requests
-    ]
 
 
 def start_step(turns: Turns, policy: str, language: str) -> guard_pb2.ClassifyStreamRequest:

@@ -21,6 +21,11 @@ class Retries:
             raise ValueError("Retries needs at least one attempt and no negative backoff")
 
 
+def passing(error: GuardError) -> bool:
+    """Whether the same request may be answered in a moment."""
+    return isinstance(error, Unavailable | Overloaded)
+
+
 class Attempts:
     """The tries of one call. `clock` is monotonic in seconds, `draw` uniform in [0, 1)."""
 
@@ -50,10 +55,7 @@ class Attempts:
         turned away together do not come back together.
         """
         self._failed += 1
-        if (
-            not isinstance(error, Unavailable | Overloaded)
-            or self._failed >= self._retries.attempts
-        ):
+        if not passing(error) or self._failed >= self._retries.attempts:
             return None
         ceiling = self._retries.first_backoff_s * 2.0 ** min(self._failed - 1, 30)
         pause = self._draw() * min(ceiling, self._retries.longest_backoff_s)

@@ -92,6 +92,8 @@ class FakeService(guard_pb2_grpc.GuardServiceServicer):
         self.script = list(script)
         self.answer = answer or (lambda request: verdict())
         self.asked: list[guard_pb2.ClassifyRequest] = []
+        self.batches: list[list[str]] = []
+        self.batches_refused: list[Refusal | None] = []
         self.deadlines_s: list[float] = []
         self.metadata: list[dict[str, str | bytes]] = []
         self.in_flight = 0
@@ -120,6 +122,11 @@ class FakeService(guard_pb2_grpc.GuardServiceServicer):
     def ClassifyBatch(
         self, request: guard_pb2.ClassifyBatchRequest, context: grpc.ServicerContext
     ) -> guard_pb2.ClassifyBatchResponse:
+        self.batches.append(
+            [one.conversation.messages[-1].parts[0].text for one in request.requests]
+        )
+        if self.batches_refused and (refusal := self.batches_refused.pop(0)):
+            refusal.abort(context)
         reply = guard_pb2.ClassifyBatchResponse()
         for one in request.requests:
             answer = self.script.pop(0) if self.script else self.answer(one)

@@ -74,6 +74,16 @@ async def test_batch_answers_item_by_item(service: FakeService, target: str) -> 
     assert isinstance(second, GuardError) and not second.judged
 
 
+async def test_items_that_failed_for_the_moment_are_asked_again(
+    service: FakeService, target: str
+) -> None:
+    service.script = [Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED), verdict(), verdict(score=0.3)]
+    async with AsyncGuardClient(target, Terms(draw=lambda: 0.0)) as guard:
+        first, second = await guard.classify_batch(["a", "b"])
+    assert isinstance(first, Verdict) and first.unsafe_score == pytest.approx(0.3)
+    assert isinstance(second, Verdict) and service.batches == [["a", "b"], ["a"]]
+
+
 async def growing(*pieces: Piece | str) -> AsyncIterator[Piece | str]:
     for piece in pieces:
         yield piece

@@ -229,7 +229,7 @@ def test_batch_answers_item_by_item_in_order(service: FakeService, target: str) 
     service.script = [
         verdict(),
         Refusal(grpc.StatusCode.INVALID_ARGUMENT, details="too long"),
-        Refusal(grpc.StatusCode.UNAVAILABLE),
+        Refusal(grpc.StatusCode.INTERNAL),
         verdict(verdict_pb2.ACTION_BLOCK, 0.99),
     ]
     with GuardClient(target, Terms(on_unavailable="flag")) as guard:
@@ -238,6 +238,39 @@ def test_batch_answers_item_by_item_in_order(service: FakeService, target: str) 
     assert isinstance(second, InvalidRequest) and not second.judged
     assert isinstance(third, Unjudged) and third.action is Action.FLAG
     assert isinstance(fourth, Verdict) and fourth.blocked
+
+
+def test_items_that_failed_for_the_moment_are_asked_again_and_they_alone(
+    service: FakeService, target: str
+) -> None:
+    full, gone = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE
+    service.script = [
+        *(verdict(score=0.1), Refusal(full), Refusal(grpc.StatusCode.INTERNAL), Refusal(gone)),
+        *(Refusal(gone), verdict(score=0.4)),
+        verdict(score=0.2),
+    ]
+    pauses: list[float] = []
+    with GuardClient(target, Terms(draw=lambda: 0.5), sleep=pauses.append) as guard:
+        first, second, third, fourth = guard.classify_batch(["a", "b", "c", "d"])
+    assert service.batches == [["a", "b", "c", "d"], ["b", "d"], ["b"]]
+    assert pauses == [0.05, 0.1]
+    assert [getattr(one, "unsafe_score", None) for one in (first, second, fourth)] == [
+        pytest.approx(score) for score in (0.1, 0.2, 0.4)
+    ]
+    assert isinstance(third, EngineFailed)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_batch_answered_stays_when_asking_again_fails(
+    service: FakeService, target: str, whole: bool
+) -> None:
+    service.script = [verdict(), *[Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED)] * 9]
+    service.batches_refused = [None, Refusal(grpc.StatusCode.INTERNAL)] if whole else []
+    terms = Terms(retries=Retries(attempts=3), draw=lambda: 0.0)
+    with GuardClient(target, terms) as guard:
+        first, second = guard.classify_batch(["a", "b"])
+    assert isinstance(first, Verdict) and isinstance(second, Overloaded)
+    assert len(service.batches) == (2 if whole else 3)
 
 
 def test_batch_names_the_item_that_is_no_conversation(target: str) -> None:

@@ -26,7 +26,11 @@ OURS = {
     "guard_service": ".",
     "tests": ".",
 }
-MAY_USE = {"guard_quantization": ("quantization",), "tests": ("dev", "quantization")}
+MAY_USE = {
+    "guard_middleware": ("sidecar",),
+    "guard_quantization": ("quantization",),
+    "tests": ("dev", "quantization"),
+}
 MOST_LINES = {"file": 600, "function": 60}
 DOCUMENTS = [
     ROOT / "README.md",

@@ -28,6 +28,8 @@ MAY_IMPORT = {
     # guardctl is a client that ships with the service; the server never imports it.
     "guard_service.cli": ("guard_api", "guard_policies", "guard_service", "guard_middleware"),
     "guard_middleware": ("guard_api", "guard_policies"),
+    # Loaded only where a middleware is told to have its guard in its own process.
+    "guard_middleware.in_process": ("guard_service",),
     # The student is distilled with the very prompts that serve it, and exported into the artifact
     # that is served; figures and limits are those that guardctl has for a running guard. Of the
     # server itself the pipeline knows nothing.
@@ -108,8 +110,9 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-def all_of(package: str) -> str:
-    return "\n".join(f"import {name}" for name, _ in modules() if is_within(name, package))
+def all_of(package: str, without: str = "") -> str:
+    names = (name for name, _ in modules() if is_within(name, package) and name != without)
+    return "\n".join(f"import {name}" for name in names)
 
 
 HELP = """
@@ -126,7 +129,10 @@ except SystemExit:
     ("code", "unwanted"),
     [
         (all_of("guard_policies"), ("onnxruntime", "tokenizers", "numpy", "grpc", *HEAVY)),
-        (all_of("guard_middleware"), ("onnxruntime", "tokenizers", "numpy", *HEAVY)),
+        (
+            all_of("guard_middleware", "guard_middleware.in_process"),
+            ("onnxruntime", "tokenizers", "numpy", *HEAVY),
+        ),
         ("import guard_service.__main__", HEAVY),
         ("import guard_service.server, guard_service.engines.onnx", HEAVY),
         (HELP, ("onnxruntime", "tokenizers", "numpy", "grpc", "google", "yaml", *HEAVY)),

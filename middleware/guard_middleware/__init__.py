@@ -1,5 +1,6 @@
-"""Guard clients for programs that talk to a guard service; the middleware grows from here."""
+"""A guard in front of models: ASGI middleware, sidecar, and clients of a guard service."""
 
+from guard_middleware.asgi import GuardMiddleware
 from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import TLS
 from guard_middleware.client import AsyncGuardClient, GuardClient
@@ -17,6 +18,7 @@ from guard_middleware.errors import (
     UnknownPolicy,
 )
 from guard_middleware.retry import Retries
+from guard_middleware.settings import Settings
 from guard_middleware.terms import Terms
 from guard_middleware.verdict import Outcome, StreamOutcome, Unjudged, Verdict
 from guard_policies.assessment import Action, Direction
@@ -32,6 +34,7 @@ __all__ = [
     "EngineFailed",
     "GuardClient",
     "GuardError",
+    "GuardMiddleware",
     "InvalidRequest",
     "Item",
     "NotPermitted",
@@ -40,6 +43,7 @@ __all__ = [
     "Overloaded",
     "Piece",
     "Retries",
+    "Settings",
     "StreamOutcome",
     "Terms",
     "Unavailable",

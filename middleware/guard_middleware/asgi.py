@@ -1,0 +1,88 @@
+"""GuardMiddleware: pure ASGI, around any application that speaks a protocol of `formats`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from guard_middleware.context import Context
+from guard_middleware.exchange import Exchange
+from guard_middleware.formats import FORMATS
+from guard_middleware.guards import Guard, open_guard
+from guard_middleware.messages import App, Receive, Scope, Send, answer
+from guard_middleware.metrics import Metrics, shared
+from guard_middleware.routes import Rule, routes
+from guard_middleware.settings import Settings, from_environment
+
+LOG = logging.getLogger(__name__)
+
+
+class GuardMiddleware:
+    """Screens what goes into an application's models and what comes out of them.
+
+    `guard` is an address, a Guard, or nothing: then the settings say which, and they name a guard
+    in this process unless told otherwise. Settings come from the environment (GUARDED_*)
+    and from keywords, which go first; or they are given as a whole. Raises SettingsError.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        guard: str | Guard | None = None,
+        *,
+        settings: Settings | None = None,
+        metrics: Metrics | None = None,
+        **given: Any,
+    ) -> None:
+        if isinstance(guard, str):
+            given["guard"] = guard
+        self.settings = settings or from_environment(**given)
+        self.guard: Guard = (
+            open_guard(self.settings) if guard is None or isinstance(guard, str) else guard
+        )
+        self._context = Context(app, self.guard, self.settings, metrics or shared())
+        self._app = app
+        self._routes = routes(
+            FORMATS, self.settings.guarded, self.settings.passes, self.settings.unknown
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        found = self._routes.find(scope["method"], _path(scope))
+        if found is Rule.UNTOUCHED:
+            await self._app(scope, receive, send)
+        elif found is Rule.REFUSE:
+            await self._refuse(scope, receive, send)
+        else:
+            assert not isinstance(found, Rule)
+            await Exchange(self._context, found).run(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            await self.guard.close()
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._context.metrics.refused.inc()
+        LOG.warning("a request on a guarded path that no format knows")
+        if self.settings.mode == "shadow":
+            await self._app(scope, receive, send)
+        else:
+            await answer(send, REFUSED)
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+REFUSED = FORMATS[0].error(
+    403, "not_screened", "Requests to this path cannot be screened and are not let through."
+)

@@ -1,0 +1,161 @@
+"""One screened request: read it, have it judged, call the application, hand on what may go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from guard_middleware.asking import Ruling, rule
+from guard_middleware.bodies import Encoded, Gone, TooLarge, read_body, replaced
+from guard_middleware.context import Context, id_header, refused
+from guard_middleware.formats.contract import Asked, Format, Unreadable
+from guard_middleware.messages import Message, Receive, Scope, Send, answer
+from guard_middleware.relay import Relay
+from guard_middleware.strict_json import Json, Malformed, dump, parse
+from guard_middleware.verdict import Outcome
+
+LOG = logging.getLogger(__name__)
+
+# What no longer holds of a body that was read and written again, and what would bring a packed or
+# a partial reply.
+_REQUEST_HEADERS = (
+    *(b"content-length", b"content-encoding", b"content-type", b"content-md5", b"digest"),
+    *(b"transfer-encoding", b"accept-encoding", b"range", b"if-range", b"te", b"expect"),
+    *(b"trailer", b"x-guard-verdict-id"),
+)
+
+
+class Exchange:
+    """A request on a path that a format owns, and the reply to it."""
+
+    def __init__(self, context: Context, reads: Format) -> None:
+        self._context = context
+        self._format = reads
+        self._id = uuid.uuid4().hex
+        self._result = "aborted"
+        self._outcomes: list[Outcome] = []
+
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve it to its end. The client's leaving ends all that was begun for it."""
+        metrics = self._context.metrics
+        with metrics.in_progress.track_inprogress():
+            try:
+                await self._run(scope, receive, send)
+            except Gone:
+                self._result = "gone"
+            finally:
+                mode = self._context.settings.mode
+                metrics.exchanges.labels(self._format.name, self._result, mode).inc()
+                self._log()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = self._context.settings
+        try:
+            body = await read_body(receive, scope["headers"], settings.max_body_bytes)
+        except (TooLarge, Encoded) as wrong:
+            status = 413 if isinstance(wrong, TooLarge) else 415
+            await self._invalid(send, status, str(wrong))
+            return
+        left = asyncio.create_task(_left(receive), name="guard-client-left")
+        work = asyncio.create_task(self._serve(scope, body, left, send), name="guard-exchange")
+        try:
+            await asyncio.wait((left, work), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Gone
+            await work
+        finally:
+            left.cancel()
+            work.cancel()
+            await asyncio.gather(left, work, return_exceptions=True)
+
+    async def _serve(self, scope: Scope, body: bytes, left: asyncio.Task[None], send: Send) -> None:
+        settings = self._context.settings
+        try:
+            value = parse(body)
+            asked = self._format.read_request(scope["path"], value)
+        except (Malformed, Unreadable) as wrong:
+            await self._invalid(send, 400, f"The request {wrong}.")
+            return
+        if asked.unread and settings.unscannable == "block":
+            await self._refuse(send, asked, "blocked_prompt")
+            return
+        relay = Relay(self._context, self._format, asked, self._id)
+        try:
+            await self._screened(relay, scope, value, left, send)
+        finally:
+            await relay.close()
+            self._outcomes += relay.outcomes
+
+    async def _screened(
+        self, relay: Relay, scope: Scope, value: Json, left: asyncio.Task[None], send: Send
+    ) -> None:
+        beside = self._context.settings.prompt_check == "beside"
+        if beside:
+            relay.call(*self._call(scope, value, left))
+        try:
+            ruling = await self._rule(relay.asked)
+        except ValueError as wrong:
+            await self._invalid(send, 400, f"The request {wrong}.")
+            return
+        if ruling.blocked:
+            await self._refuse(send, relay.asked, "blocked_prompt")
+            return
+        if ruling.drop:
+            await relay.recall(ruling.asked)
+            value = self._format.without(value, ruling.drop)
+        if ruling.drop or not beside:
+            relay.call(*self._call(scope, value, left))
+        self._result = await relay.deliver(send)
+
+    async def _rule(self, asked: Asked) -> Ruling:
+        began = time.perf_counter()
+        ruling = await rule(self._context.guard, asked, self._context.settings)
+        self._context.metrics.prompt_seconds.observe(time.perf_counter() - began)
+        self._outcomes += ruling.outcomes
+        return ruling
+
+    def _call(self, scope: Scope, value: Json, left: asyncio.Task[None]) -> tuple[Scope, Receive]:
+        """What the application gets: the very values that were judged, and no way round `send`."""
+        body = dump(value)
+        headers = replaced(
+            scope["headers"],
+            _REQUEST_HEADERS,
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"accept-encoding", b"identity"),
+        )
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.wait((left,))
+            return {"type": "http.disconnect"}
+
+        return {**scope, "headers": headers, "extensions": {}}, receive
+
+    async def _invalid(self, send: Send, status: int, message: str) -> None:
+        self._result = "invalid"
+        given = self._format.error(status, "invalid_request", message)
+        await answer(send, given, id_header(self._id))
+
+    async def _refuse(self, send: Send, asked: Asked, result: str) -> None:
+        self._result = result
+        given = refused(self._context.settings, self._format, asked, self._id)
+        await answer(send, given, id_header(self._id))
+
+    def _log(self) -> None:
+        LOG.info(
+            "exchange %s: %s %s, verdicts %s",
+            self._id,
+            self._format.name,
+            self._result,
+            " ".join(one.verdict_id if one.judged else one.reason for one in self._outcomes),
+        )
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

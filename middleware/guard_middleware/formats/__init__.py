@@ -1,0 +1,8 @@
+"""Backend protocols: each reads requests and replies of one API and knows how to refuse in it."""
+
+from __future__ import annotations
+
+from guard_middleware.formats.contract import Format
+from guard_middleware.formats.openai_chat import OpenAIChat
+
+FORMATS: tuple[Format, ...] = (OpenAIChat(),)

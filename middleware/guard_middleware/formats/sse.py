@@ -1,0 +1,107 @@
+"""Server-sent events cut from bytes that may be split anywhere, without losing or gaining one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from guard_middleware.formats.contract import Unreadable
+
+MAX_EVENT_BYTES = 4 * 2**20
+KEEP_ALIVE = b":\n\n"
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One event. `data` is None for comments and the like; `raw` is what may be sent on for it."""
+
+    raw: bytes
+    name: str
+    data: bytes | None
+
+
+class Framer:
+    """Cuts a stream into frames.
+
+    An event that has only `data` lines and a plain `event` line is sent on byte for byte. All else
+    that a line can hold (comments, ids, unknown fields) is text that nobody judges: it is dropped.
+    """
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._most = max_event_bytes
+        self._buffer = bytearray()
+        self._lines: list[bytes] = []
+        self._ends: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """The frames that are complete with this data. Raises Unreadable for one too large."""
+        searched = max(0, len(self._buffer) - 1)
+        self._buffer += data
+        start = 0
+        while match := _LINE_END.search(self._buffer, max(start, searched)):
+            if match[0] == b"\r" and match.end() == len(self._buffer):
+                break  # half of a \r\n, perhaps
+            line = bytes(self._buffer[start : match.start()])
+            start = match.end()
+            yield from self._line(line, match[0])
+        del self._buffer[:start]
+        self._check(len(self._buffer))
+
+    def finish(self) -> Iterator[Frame]:
+        """What the stream's end completes: servers forget the last empty line."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        if rest:
+            yield from self._line(rest.rstrip(b"\r"), b"\n")
+        if self._lines:
+            yield from self._line(b"", b"\n")
+
+    def _line(self, line: bytes, end: bytes) -> Iterator[Frame]:
+        self._size += len(line) + len(end)
+        self._check(0)
+        if line:
+            self._lines.append(line)
+            self._ends.append(end)
+            return
+        if self._lines:
+            yield _frame(self._lines, self._ends, end)
+        self._lines, self._ends, self._size = [], [], 0
+
+    def _check(self, pending: int) -> None:
+        if self._size + pending > self._most:
+            raise Unreadable(f"an event of the stream is over {self._most} bytes")
+
+
+def event(data: bytes, name: str = "") -> bytes:
+    """An event of ours."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + data + b"\n\n"
+
+
+def _frame(lines: list[bytes], ends: list[bytes], last_end: bytes) -> Frame:
+    name, data = "", []
+    kept: list[bytes] = []
+    for line, end in zip(lines, ends, strict=True):
+        field, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if field == b"data":
+            data.append(value)
+        elif field == b"event":
+            name = _plain_name(value)
+        else:
+            continue
+        kept += (line, end)
+    raw = b"".join(kept) + last_end if kept else KEEP_ALIVE
+    return Frame(raw, name, b"\n".join(data) if data else None)
+
+
+def _plain_name(value: bytes) -> str:
+    name = value.decode("ascii", "replace")
+    if not _NAME.fullmatch(name):
+        raise Unreadable("an event of the stream has a name that is none")
+    return name

@@ -1,0 +1,180 @@
+"""The seam between middleware and guard: a guard elsewhere, or one in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from contextlib import AbstractContextManager, aclosing
+from typing import Protocol
+
+import grpc
+
+from guard_api.v1 import guard_pb2
+from guard_middleware.calls import Item, Piece
+from guard_middleware.client import AsyncGuardClient
+from guard_middleware.errors import EngineFailed, GuardError
+from guard_middleware.settings import Settings
+from guard_middleware.terms import Terms
+from guard_middleware.turns import direction_of
+from guard_middleware.verdict import Outcome, StreamOutcome, Unjudged
+from guard_policies.assessment import Action, Direction
+
+LOG = logging.getLogger(__name__)
+
+Conversation = guard_pb2.Conversation
+
+
+class Guard(Protocol):
+    """Who judges. It never raises for want of a verdict: an Unjudged says what follows."""
+
+    async def judge(self, conversations: Sequence[Conversation]) -> Sequence[Outcome]:
+        """One outcome for each conversation, in order, and as many."""
+        ...
+
+    def growing(
+        self, conversation: Conversation, pieces: AsyncIterable[Piece]
+    ) -> AsyncGenerator[StreamOutcome]:
+        """Outcomes on a growing reply to the conversation; the last one has `final`."""
+        ...
+
+    async def ready(self) -> bool:
+        """Whether it would judge now."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it; calls under way are cancelled."""
+        ...
+
+
+class RemoteGuard:
+    """A guard behind gRPC; its channel is made on first use, in the loop that uses it.
+
+    What the caller got wrong counts as unjudged and blocks, whatever `on_unavailable` says: a
+    request must not be able to choose its way past the guard.
+    """
+
+    def __init__(self, settings: Settings, terms: Terms | None = None) -> None:
+        self._settings = settings
+        self._terms = terms or Terms(
+            timeout_s=settings.guard_timeout_s,
+            stream_timeout_s=settings.guard_stream_timeout_s,
+            on_unavailable="policy",
+        )
+        self._made: AsyncGuardClient | None = None
+
+    async def judge(self, conversations: Sequence[Conversation]) -> Sequence[Outcome]:
+        """One outcome for each conversation, in order."""
+        settings = self._settings
+        directions = [direction_of(one) for one in conversations]
+        try:
+            client = await self._client()
+            items = [Item(one, settings.policy, settings.language) for one in conversations]
+            entries = await client.classify_batch(items)
+        except GuardError as error:
+            return [self._settled(_blocked(error), way) for way in directions]
+        return [
+            self._settled(_blocked(entry) if isinstance(entry, GuardError) else entry, way)
+            for entry, way in zip(entries, directions, strict=True)
+        ]
+
+    async def growing(
+        self, conversation: Conversation, pieces: AsyncIterable[Piece]
+    ) -> AsyncGenerator[StreamOutcome]:
+        """Outcomes on a growing reply to the conversation; the last one has `final`."""
+        settings = self._settings
+        try:
+            client = await self._client()
+            stream = client.classify_stream(
+                conversation, pieces, policy=settings.policy, language=settings.language
+            )
+            async with aclosing(stream) as outcomes:  # type: ignore[type-var]
+                async for one in outcomes:
+                    settled = self._settled(one.outcome, Direction.RESPONSE)
+                    yield dataclasses.replace(one, outcome=settled)
+        except GuardError as error:
+            yield StreamOutcome(self._settled(_blocked(error), Direction.RESPONSE), 0, final=True)
+
+    async def ready(self) -> bool:
+        """Whether it would judge now."""
+        try:
+            return await (await self._client()).health(timeout_s=2.0)
+        except GuardError:
+            return False
+
+    async def close(self) -> None:
+        """Let go of the channel."""
+        client, self._made = self._made, None
+        if client is not None:
+            await client.close()
+
+    async def _client(self) -> AsyncGuardClient:
+        if self._made is None:
+            self._made = AsyncGuardClient(self._settings.guard, self._terms)
+        return self._made
+
+    def _settled(self, outcome: Outcome, direction: Direction) -> Outcome:
+        """With what our own settings say of a message that could not be judged."""
+        if outcome.judged:
+            return outcome
+        settings = self._settings
+        wish = {
+            Direction.PROMPT: settings.on_unavailable_prompt,
+            Direction.RESPONSE: settings.on_unavailable_response,
+        }[direction]
+        if wish == "policy" or outcome.error.code in _CALLERS:
+            return outcome
+        return dataclasses.replace(outcome, action=Action(wish))
+
+
+class LocalGuard(RemoteGuard):
+    """A guard in a thread of this process, behind a private socket; opened on first use."""
+
+    def __init__(self, settings: Settings, terms: Terms | None = None) -> None:
+        super().__init__(settings, terms)
+        self._served: AbstractContextManager[str] | None = None
+        self._opening = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Stop it."""
+        await super().close()
+        served, self._served = self._served, None
+        if served is not None:
+            await asyncio.to_thread(served.__exit__, None, None, None)
+
+    async def _client(self) -> AsyncGuardClient:
+        async with self._opening:
+            if self._made is None:
+                from guard_middleware import in_process  # heavy: only where it is asked for
+
+                served = in_process.served(self._settings.model)
+                try:
+                    target = await asyncio.to_thread(served.__enter__)
+                except Exception as error:
+                    LOG.exception("the guard in this process did not start")
+                    raise EngineFailed("the guard in this process did not start") from error
+                self._served, self._made = served, AsyncGuardClient(target, self._terms)
+        return self._made
+
+
+def open_guard(settings: Settings) -> Guard:
+    """The guard that the settings name; nothing is dialled or loaded yet."""
+    return RemoteGuard(settings) if settings.guard else LocalGuard(settings)
+
+
+_CALLERS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
+
+
+def _blocked(error: GuardError) -> Unjudged:
+    return Unjudged(Action.BLOCK, error.reason, error)

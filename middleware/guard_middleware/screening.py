@@ -1,0 +1,234 @@
+"""A streamed reply held back until verdicts cover it: the no-leak invariant lives here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from guard_middleware.calls import Piece
+from guard_middleware.formats.contract import Channel, Event
+from guard_middleware.guards import Conversation, Guard
+from guard_middleware.settings import Settings
+from guard_middleware.verdict import Outcome
+
+LOG = logging.getLogger(__name__)
+_ALL = 2**62
+_HELD_EVENTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """An event and how far each of its channels must be covered before it may go."""
+
+    event: Event
+    needs: tuple[tuple[_Growing, int], ...]
+
+    @property
+    def covered(self) -> bool:
+        return all(growing.covered >= end for growing, end in self.needs)
+
+
+class Screen:
+    """Holds the events of one reply. For one event loop.
+
+    `add` takes events as the backend sends them. `take` gives those that verdicts of ALLOW or FLAG
+    cover with all their texts, in order. Once `blocked` is true, nothing is given any more.
+    """
+
+    def __init__(
+        self, guard: Guard, prompt_of: Callable[[int], Conversation], settings: Settings
+    ) -> None:
+        self.blocked = False
+        self.outcomes: list[Outcome] = []
+        self._guard = guard
+        self._prompt_of = prompt_of
+        self._settings = settings
+        self._channels: dict[Channel, _Growing] = {}
+        self._held: deque[_Held] = deque()
+        self._held_chars = 0
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._ended = False
+
+    def add(self, event: Event) -> None:
+        """Hold an event and give its texts to the guard."""
+        if self.blocked:
+            return
+        needs = []
+        for piece in event.pieces:
+            growing = self._channel(piece.channel)
+            growing.add(piece.text)
+            self._held_chars += len(piece.text)
+            needs.append((growing, growing.chars))
+        self._held.append(_Held(event, tuple(needs)))
+        self._check_left_behind({piece.channel for piece in event.pieces}, event.ended)
+        if self.full:
+            self.check()
+        self._changed.set()
+
+    def end(self) -> None:
+        """The reply is complete: every channel gets its last verdict."""
+        self._ended = True
+        for growing in self._channels.values():
+            growing.end()
+        self._changed.set()
+
+    def check(self) -> None:
+        """Ask for verdicts on what the next event waits for."""
+        if self._held:
+            for growing, _ in self._held[0].needs:
+                growing.check()
+
+    def block(self) -> None:
+        """Let nothing out any more."""
+        self.blocked = True
+        self._held.clear()
+        self._changed.set()
+        self._room.set()
+
+    def take(self) -> list[Event]:
+        """The events that may go now."""
+        taken: list[Event] = []
+        while self._held and not self.blocked and self._held[0].covered:
+            taken.append(self._held.popleft().event)
+        self._held_chars -= sum(len(piece.text) for event in taken for piece in event.pieces)
+        if self.full:
+            self.check()
+        else:
+            self._room.set()
+        return taken
+
+    async def room(self) -> None:
+        """Until less is held than may be, or nothing counts any more."""
+        while self.full and not self.blocked:
+            self._room.clear()
+            await self._room.wait()
+
+    @property
+    def over(self) -> bool:
+        """Whether all of the reply has been given, and every verdict on it has come."""
+        return self._ended and not self._held and all(g.final for g in self._channels.values())
+
+    @property
+    def full(self) -> bool:
+        """Whether so much is held that the backend has to wait."""
+        return self._held_chars >= self._settings.hold_chars or len(self._held) > _HELD_EVENTS
+
+    async def changed(self) -> None:
+        """Until something happened since the last call."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def close(self) -> None:
+        """End the verdicts that are under way."""
+        tasks = [growing.task for growing in self._channels.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _channel(self, channel: Channel) -> _Growing:
+        growing = self._channels.get(channel)
+        if growing is None:
+            if len(self._channels) >= self._settings.max_channels:
+                self.block()
+            prompt = self._prompt_of(channel.choice)
+            growing = _Growing(self, self._guard, prompt, self._settings)
+            self._channels[channel] = growing
+        return growing
+
+    def _check_left_behind(self, grown: set[Channel], ended: tuple[int, ...]) -> None:
+        """A reply goes on in another channel, or has ended: what is left in others must not wait
+        for more of it to come."""
+        choices = {channel.choice for channel in grown}
+        for channel, growing in self._channels.items():
+            if channel.choice in ended or channel.choice in choices and channel not in grown:
+                growing.check()
+
+    def heard(self, outcome: Outcome) -> None:
+        """An outcome of one of the channels."""
+        self.outcomes.append(outcome)
+        if outcome.blocked:
+            self.block()
+        self._changed.set()
+
+
+class _Growing:
+    """One channel before the guard. `covered` counts code points that may go."""
+
+    def __init__(
+        self, screen: Screen, guard: Guard, prompt: Conversation, settings: Settings
+    ) -> None:
+        self.chars = 0
+        self.covered = 0
+        self.final = False
+        self._screen = screen
+        self._settings = settings
+        self._pending: list[str] = []
+        self._pending_chars = 0
+        self._given = 0  # code points that the guard has been given
+        self._asked = 0  # code points up to which a verdict is wanted
+        self._checked = 0  # and up to which the guard has been told so
+        self._ending = False
+        self._wake = asyncio.Event()
+        self.task = asyncio.create_task(self._judge(guard, prompt), name="guard-channel")
+
+    def add(self, text: str) -> None:
+        self.chars += len(text)
+        self._pending.append(text)
+        self._pending_chars += len(text)
+        first = self._settings.first_check_chars
+        if self._asked == 0 and self.chars >= first:
+            self.check()
+        elif self._pending_chars >= self._settings.piece_chars:
+            self._wake.set()
+
+    def check(self) -> None:
+        if self._asked < self.chars:
+            self._asked = self.chars
+            self._wake.set()
+
+    def end(self) -> None:
+        self._ending = True
+        self._wake.set()
+
+    async def _judge(self, guard: Guard, prompt: Conversation) -> None:
+        try:
+            async with aclosing(guard.growing(prompt, self._pieces())) as outcomes:
+                async for one in outcomes:
+                    self._hear(one.outcome, one.covered_chars, one.final)
+                    if self.final or self._screen.blocked:
+                        return
+        except Exception:
+            LOG.exception("a growing reply could not be judged")
+        self._screen.block()  # the guard ended without a last word
+
+    def _hear(self, outcome: Outcome, covered: int, final: bool) -> None:
+        """A verdict covers what the guard had been given, whatever else it says of itself."""
+        self.final = final
+        if not outcome.judged:  # where that is declared to pass, it does to the reply's end
+            self.covered, self.final = 0 if outcome.blocked else _ALL, True
+        elif covered > self._given or final and not (self._ending and covered == self.chars):
+            self._screen.block()
+        elif not outcome.blocked:
+            self.covered = max(self.covered, covered)
+        self._screen.heard(outcome)
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            text, ending = "".join(self._pending), self._ending
+            self._pending.clear()
+            self._pending_chars = 0
+            self._given += len(text)
+            check = self._asked > self._checked and not ending  # the end is judged in any case
+            if check:
+                self._checked = self._given
+            if text or check:
+                yield Piece(text, check)
+            if ending:
+                return

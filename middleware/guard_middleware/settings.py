@@ -1,0 +1,146 @@
+"""Settings of middleware and sidecar: each knob, its default and its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from guard_policies.schema import DEFAULT_REFUSAL
+
+ENVIRONMENT_PREFIX = "GUARDED_"
+MIB = 2**20
+
+
+class SettingsError(ValueError):
+    """Every mistake in the settings, one line each."""
+
+
+def _knob(default: Any, why: str, low: float = 0, high: float = float("inf")) -> Any:
+    return field(default=default, metadata={"why": why, "low": low, "high": high})
+
+
+def _choice(default: str, why: str, *others: str) -> Any:
+    return field(default=default, metadata={"why": why, "choices": (default, *others)})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set. `Settings()` enforces with the starter guard, in process."""
+
+    guard: str = _knob("", "host:port or unix:/path of a guard; empty: one in this process")
+    model: str = _knob("starter", "model of the guard in this process: a name or a folder")
+    policy: str = _knob("", "name of the guard's policy; empty is the guard's default")
+    language: str = _knob("", "BCP 47 tag of what is said; chooses thresholds where a policy does")
+    guard_timeout_s: float = _knob(10.0, "for one verdict, retries included", 0.001, 3600)
+    guard_stream_timeout_s: float = _knob(3600.0, "for the verdicts on one whole stream", 0.001)
+
+    mode: str = _choice("enforce", "shadow judges and reports, and changes nothing", "shadow")
+    refusal: str = _knob(DEFAULT_REFUSAL, "what is said in place of what was blocked")
+    refuse_with: str = _choice(
+        "answer", "a reply with finish reason content_filter, or HTTP 400", "error"
+    )
+    old_turns: str = _choice(
+        "drop",
+        "what becomes of a turn of the past that is not allowed: its exchange is left out of what "
+        "is forwarded; or the request is blocked; or the past is not judged again",
+        "block",
+        "pass",
+    )
+    system_turns: str = _choice(
+        "judge", "system and developer turns, tool definitions: judged, or the operator's", "trust"
+    )
+    unscannable: str = _choice(
+        "block", "requests with what no guard can read: audio, image addresses, token ids", "pass"
+    )
+    on_unavailable_prompt: str = _choice(
+        "policy", "when a request could not be judged", "block", "allow"
+    )
+    on_unavailable_response: str = _choice(
+        "policy", "when a reply could not be judged", "block", "allow"
+    )
+    prompt_check: str = _choice(
+        "before", "the backend is called after the request's verdict, or beside it", "beside"
+    )
+
+    guarded: tuple[str, ...] = _knob(
+        ("/v1", "/api", "/generate", "/generate_stream", "/completion", "/completions")
+        + ("/chat", "/inference", "/invocations", "/model", "/infill"),
+        "prefixes of paths where what no format knows is refused",
+    )
+    unknown: str = _choice("refuse", "requests on guarded prefixes that no format knows", "pass")
+    passes: tuple[str, ...] = _knob(
+        (), "more paths that pass unread, on top of health, models and metrics; * is one segment"
+    )
+
+    first_check_chars: int = _knob(40, "the first check of a stream comes this early", 1)
+    piece_chars: int = _knob(32, "a stream's text goes to the guard in pieces of this size", 1)
+    hold_chars: int = _knob(
+        4096, "so much text held back asks for a verdict at once, and stops reading", 1
+    )
+    idle_check_s: float = _knob(0.25, "a stream that pauses has what it said judged", 0.001)
+    keep_alive_s: float = _knob(10.0, "a stream that is held back sends a sign of life", 0.001)
+
+    max_body_bytes: int = _knob(32 * MIB, "a request's body, unpacked", 1)
+    max_reply_bytes: int = _knob(32 * MIB, "a reply that is not streamed, unpacked", 1)
+    max_messages: int = _knob(1000, "turns of one request", 1)
+    max_channels: int = _knob(128, "texts that grow in one stream (choices, tool calls, ...)", 1)
+
+    def __post_init__(self) -> None:
+        if problems := list(_problems(self)):
+            raise SettingsError("\n".join(problems))
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
+_TYPES = typing.get_type_hints(Settings)
+
+
+def from_environment(environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:
+    """Settings from GUARDED_*, with `given` on top. Raises SettingsError with every mistake."""
+    found = {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for key, value in environment.items()
+        if key.startswith(ENVIRONMENT_PREFIX)
+    }
+    return _made({**_read_all(found), **given})
+
+
+def from_flags(flags: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from texts, with the environment's below them. Raises SettingsError."""
+    return from_environment(environment, **_read_all(flags))
+
+
+def _made(values: dict[str, Any]) -> Settings:
+    if unknown := [name for name in values if name not in FIELDS]:
+        raise SettingsError(f"{', '.join(unknown)}: there is no such setting")
+    return Settings(**values)
+
+
+def _read_all(texts: Mapping[str, str]) -> dict[str, Any]:
+    return {name: _read(name, text, _TYPES.get(name, str)) for name, text in texts.items()}
+
+
+def _read(key: str, value: str, kind: Any) -> Any:
+    try:
+        if kind in (int, float):
+            return kind(value)
+    except ValueError:
+        raise SettingsError(f"{key}: is not a number") from None
+    if kind is str:
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _problems(settings: Settings) -> typing.Iterator[str]:
+    for name, knob in FIELDS.items():
+        value = getattr(settings, name)
+        choices = knob.metadata.get("choices")
+        if choices and value not in choices:
+            yield f"{name}: {value!r} is none of {', '.join(choices)}"
+        elif _TYPES[name] in (int, float):
+            low, high = knob.metadata["low"], knob.metadata["high"]
+            if not low <= value <= high:
+                yield f"{name}: {value} is not between {low} and {high}"

@@ -1,0 +1,131 @@
+"""The sidecar: a proxy inside the middleware, and beside it health, readiness and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from prometheus_client import generate_latest
+
+from guard_middleware.asgi import GuardMiddleware
+from guard_middleware.formats.contract import Answer
+from guard_middleware.messages import Receive, Scope, Send, answer
+from guard_middleware.proxy import Proxy
+from guard_middleware.settings import Settings
+
+LOG = logging.getLogger(__name__)
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a sidecar listens and what it forwards to; "host:port" or "unix:/path"."""
+
+    upstream: str
+    listen: str = "127.0.0.1:8080"
+    admin: str = "127.0.0.1:9091"
+    drain_s: float = 25.0
+    connections: int = 4096
+
+
+class Sidecar:
+    """A screened reverse proxy. For one event loop."""
+
+    def __init__(self, places: Places, settings: Settings) -> None:
+        """Raises ValueError for places that are none."""
+        self._proxy = Proxy(places.upstream)
+        self.middleware = GuardMiddleware(self._proxied, settings=settings)
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                self.middleware,
+                **_address(places.listen),
+                lifespan="on",
+                http="h11",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                date_header=False,
+                access_log=False,
+                log_config=None,
+                limit_concurrency=places.connections,
+                timeout_graceful_shutdown=int(places.drain_s),
+            )
+        )
+        self.admin = _Unsignalled(
+            uvicorn.Config(
+                self._administer,
+                **_address(places.admin),
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+            )
+        )
+
+    async def serve(self) -> None:
+        """Until a signal, or `server.should_exit`; then what is under way is finished."""
+        beside = asyncio.create_task(self.admin.serve(), name="guard-admin")
+        try:
+            await self.server.serve()
+        finally:
+            self.admin.should_exit = True
+            await beside
+
+    async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._proxy(scope, receive, send)
+            return
+        while True:  # lifespan: web sockets do not come here
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self._proxy.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _administer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["path"]:
+            case "/livez":
+                await answer(send, Answer(200, "text/plain", b"ok\n"))
+            case "/readyz":
+                await answer(send, await self._readiness())
+            case "/metrics":
+                await answer(send, Answer(200, METRICS_TYPE, generate_latest()))
+            case _:
+                await answer(send, Answer(404, "text/plain", b"/livez, /readyz, /metrics\n"))
+
+    async def _readiness(self) -> Answer:
+        guard, upstream = await asyncio.gather(
+            self.middleware.guard.ready(), self._proxy.reachable()
+        )
+        drains = self.server.should_exit
+        lines = f"guard {_word(guard)}\nupstream {_word(upstream)}\n" + "draining\n" * drains
+        ready = guard and upstream and not drains
+        return Answer(200 if ready else 503, "text/plain", lines.encode())
+
+
+class _Unsignalled(uvicorn.Server):
+    """Signals are the other server's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _word(well: bool) -> str:
+    return "ok" if well else "down"
+
+
+def _address(place: str) -> dict[str, Any]:
+    if place.startswith("unix:"):
+        return {"uds": place.removeprefix("unix:")}
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"{place}: must be host:port or unix:/path")
+    return {"host": host.strip("[]"), "port": int(port)}

@@ -20,6 +20,7 @@ async def answer(send: Send, given: Answer, *headers: Header) -> None:
     own = (
         (b"content-type", given.content_type.encode()),
         (b"content-length", str(len(given.body)).encode()),
+        *given.headers,
     )
     start = {"type": "http.response.start", "status": given.status, "headers": [*own, *headers]}
     await send(start)

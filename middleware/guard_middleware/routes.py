@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from guard_middleware.formats.contract import Format
 
@@ -89,12 +90,14 @@ def _unescaped(path: str) -> str:
 
 
 def _matches(plain: str, pattern: str) -> bool:
-    if "*" not in pattern:
-        return plain == pattern
-    wanted, there = pattern.split("/"), plain.split("/")
-    return len(wanted) == len(there) and all(
-        one in ("*", other) for one, other in zip(wanted, there, strict=True)
-    )
+    return _compiled(pattern).fullmatch(plain) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """`*` is one segment, `**` any number of them."""
+    wanted = re.escape(pattern).replace(r"/\*\*", "(?:/[^/]+)*").replace(r"\*", "[^/]+")
+    return re.compile(wanted)
 
 
 def routes(

@@ -29,7 +29,8 @@ def forbids(*words: str) -> Judge:
 
 
 class FakeGuard:
-    """Judges the text of the last turn with `judge`, and remembers what it was asked.
+    """Judges the text of the last turn with `judge`, and remembers: conversations that were
+    `asked` about, texts of streams that came to their end, texts that were `allowed`.
 
     A stream is judged at every piece whose sender wants a verdict, every `every_chars`, and at its
     end. `gate`, when given, is awaited before each verdict.
@@ -43,6 +44,7 @@ class FakeGuard:
     ) -> None:
         self.asked: list[Conversation] = []
         self.streamed: list[str] = []
+        self.allowed: list[str] = []
         self.open_streams = 0
         self._judge = judge
         self._every_chars = every_chars
@@ -89,7 +91,10 @@ class FakeGuard:
         if self._gate is not None:
             await self._gate()
         self._verdicts += 1
-        return fake_verdict(self._judge(text), direction, f"fake-{self._verdicts}")
+        action = self._judge(text)
+        if action is not Action.BLOCK:
+            self.allowed.append(text)
+        return fake_verdict(action, direction, f"fake-{self._verdicts}")
 
 
 def fake_verdict(action: Action, direction: Direction, verdict_id: str = "fake") -> Verdict:

@@ -85,6 +85,7 @@ class Answer:
     status: int
     content_type: str
     body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class Format(Protocol):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of POST requests that it owns, in lower case; `*` stands for one segment."""
+        """Paths of its POST requests, in lower case; `*` is one segment, `**` any number."""
         ...
 
     @property

@@ -138,14 +138,16 @@ def tree_pieces(value: Json, choice: int, path: str) -> Iterator[Piece]:
         yield Piece(Channel(choice, path), value)
 
 
-def extra_turns(body: Mapping[str, Any], known: Collection[str]) -> tuple[Turn, ...]:
-    """A turn of the system that holds what a request says besides `known`: tools, schemas, ..."""
+def extra_turns(
+    body: Mapping[str, Any], read: Collection[str], controls: Collection[str]
+) -> tuple[Turn, ...]:
+    """A turn of the system that holds what a request says besides the keys `read` elsewhere: tool
+    definitions, schemas, whatever is not known. Controls count as such only while they are plain.
+    """
     extra = {
         key: inner
-        for key, inner in body.items()
-        if key not in known
-        and inner not in (None, "", [], {})
-        and not (plain(key) and isinstance(inner, int | float))
+        for key, inner in others(body, controls).items()
+        if key not in read and not (plain(key) and isinstance(inner, int | float))
     }
     if not extra:
         return ()

@@ -11,23 +11,25 @@ from guard_middleware.strict_json import dump
 
 DONE = b"data: [DONE]\n\n"
 
-# Of requests: what steers the backend and holds no text for the model.
+# Of requests: what steers the backend and is plain.
 CONTROLS = fields.names(
     """
     model stream stream_options n best_of temperature top_p top_k min_p typical_p max_tokens
     max_completion_tokens min_tokens presence_penalty frequency_penalty repetition_penalty
-    length_penalty logit_bias logprobs top_logprobs prompt_logprobs echo seed stop stop_token_ids
-    user metadata store service_tier parallel_tool_calls reasoning_effort verbosity modalities
-    safety_identifier prompt_cache_key ignore_eos skip_special_tokens include_stop_str_in_output
+    length_penalty logit_bias logprobs top_logprobs prompt_logprobs echo seed stop_token_ids
+    store service_tier parallel_tool_calls reasoning_effort verbosity modalities
+    ignore_eos skip_special_tokens include_stop_str_in_output
     spaces_between_special_tokens use_beam_search early_stopping add_generation_prompt
-    continue_final_message add_special_tokens request_id priority cache_salt return_token_ids
+    continue_final_message add_special_tokens request_id priority return_token_ids
     return_tokens_as_token_ids include_reasoning keep_alive timings_per_token mirostat
     """
 )
+# Of requests: text that no model reads.
+LABELS = fields.names("stop user metadata safety_identifier prompt_cache_key cache_salt")
 # Of requests: what changes the prompt behind the guard's back.
 UNJUDGEABLE = fields.names(
     """
-    chat_template chat_template_kwargs prompt_embeds mm_processor_kwargs kv_transfer_params
+    chat_template prompt_embeds mm_processor_kwargs kv_transfer_params
     logits_processors vllm_xargs custom_params previous_response_id audio template raw context
     """
 )

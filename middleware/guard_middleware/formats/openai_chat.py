@@ -23,6 +23,7 @@ _MESSAGE_KEYS = frozenset(
     | {"tool_calls", "tool_call_id", "function_call"}
 )
 _PART_KEYS = frozenset({"type", "text", "image_url", "refusal", "thinking", "detail"})
+_READ = openai.LABELS | {"messages", "chat_template_kwargs"}
 _ROLES = {"user", "assistant", "system", "developer", "tool", "function"}
 _MOST_CHOICES = 128
 
@@ -37,19 +38,22 @@ class OpenAIChat:
     """Chat completions."""
 
     name = "openai-chat"
-    paths = ("/v1/chat/completions", "/chat/completions", "/api/v1/chat/completions")
+    paths = ("/**/chat/completions", "/**/invocations")
     stream_types = ("text/event-stream",)
 
     def read_request(self, path: str, body: Json) -> Asked:
         """What is asked."""
-        asked = fields.obj(body, "the body", openai.CONTROLS | {"messages"})
+        asked = fields.obj(body, "the body", openai.CONTROLS | _READ)
         fields.refuse_keys(asked, openai.UNJUDGEABLE)
+        switches = fields.obj(asked.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+        if not all(isinstance(one, int | float) for one in switches.values()):
+            raise Unreadable("chat_template_kwargs holds more than numbers and truth values")
         messages = fields.array(asked.get("messages"), "messages")
         if not messages:
             raise Unreadable("messages is empty")
         unread: list[str] = []
         turns = [_turn(message, index, unread) for index, message in enumerate(messages)]
-        extra = fields.extra_turns(asked, openai.CONTROLS | {"messages"})
+        extra = fields.extra_turns(asked, _READ, openai.CONTROLS)
         return Asked(
             prompts=((*extra, *turns),),
             streams=fields.flag(asked.get("stream"), "stream"),
@@ -95,24 +99,26 @@ class OpenAIChat:
         return openai.error(status, code, message)
 
 
-class ChatStream:
+class ChatStream(sse.SseStream):
     """A streamed chat completion."""
 
     def __init__(self, asked: Asked) -> None:
+        super().__init__()
         self._asked = asked
-        self._framer = sse.Framer()
         self._head: dict[str, Any] = {}
         self._spoken: set[int] = set()
         self._closed: set[int] = set()
         self._done = False
 
-    def feed(self, data: bytes) -> Sequence[Event]:
-        """The events that are complete now."""
-        return [_event(frame) for frame in self._framer.feed(data)]
-
-    def finish(self) -> Sequence[Event]:
-        """What was left."""
-        return [_event(frame) for frame in self._framer.finish()]
+    def read(self, frame: sse.Frame) -> Event:
+        """The event of a frame."""
+        if not frame.data or frame.data.strip() == b"[DONE]":
+            return Event(frame.raw, value="[DONE]" if frame.data else None)
+        chunk = fields.obj(parse(frame.data), "an event")
+        pieces = tuple(_pieces(chunk, "delta"))
+        choices = fields.array(chunk.get("choices"), "choices")
+        ended = tuple(map(openai.choice_index, filter(_has_ended, choices)))
+        return Event(frame.raw, pieces, ended, chunk)
 
     def released(self, event: Event) -> None:
         """Keep what a closing event has to repeat."""
@@ -137,10 +143,6 @@ class ChatStream:
     def abort(self) -> bytes:
         """An error event, as OpenAI's and vLLM's servers send it in a stream."""
         return b"" if self._done else openai.broken_stream()
-
-    def keep_alive(self) -> bytes:
-        """A comment."""
-        return sse.KEEP_ALIVE
 
 
 def _turn(value: object, index: int, unread: list[str]) -> Turn:
@@ -210,16 +212,8 @@ def _data_url(value: object, place: str) -> str | None:
     return url if url[:5].lower() == "data:" else None
 
 
-def _event(frame: sse.Frame) -> Event:
-    if not frame.data or frame.data.strip() == b"[DONE]":
-        return Event(frame.raw, value="[DONE]" if frame.data else None)
-    chunk = fields.obj(parse(frame.data), "an event")
-    pieces = tuple(_pieces(chunk, "delta"))
-    choices = fields.array(chunk.get("choices"), "choices")
-    ended = tuple(
-        openai.choice_index(choice) for choice in choices if choice.get("finish_reason") is not None
-    )
-    return Event(frame.raw, pieces, ended, chunk)
+def _has_ended(choice: Mapping[str, Any]) -> bool:
+    return choice.get("finish_reason") is not None
 
 
 def _pieces(body: Mapping[str, Any], key: str) -> Iterator[Piece]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from guard_middleware.formats.contract import Unreadable
+from guard_middleware.formats.contract import Event, Unreadable
 
 MAX_EVENT_BYTES = 4 * 2**20
 KEEP_ALIVE = b":\n\n"
@@ -75,6 +76,29 @@ class Framer:
     def _check(self, pending: int) -> None:
         if self._size + pending > self._most:
             raise Unreadable(f"an event of the stream is over {self._most} bytes")
+
+
+class SseStream(ABC):
+    """A ReplyStream of server-sent events, less what depends on the protocol."""
+
+    def __init__(self) -> None:
+        self._framer = Framer()
+
+    @abstractmethod
+    def read(self, frame: Frame) -> Event:
+        """The event of a frame. Raises Unreadable, Malformed."""
+
+    def feed(self, data: bytes) -> Sequence[Event]:
+        """The events that are complete now."""
+        return [self.read(frame) for frame in self._framer.feed(data)]
+
+    def finish(self) -> Sequence[Event]:
+        """What was left."""
+        return [self.read(frame) for frame in self._framer.finish()]
+
+    def keep_alive(self) -> bytes:
+        """A comment."""
+        return KEEP_ALIVE
 
 
 def event(data: bytes, name: str = "") -> bytes:

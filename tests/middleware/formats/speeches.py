@@ -1,0 +1,8 @@
+"""Every format's speech; a new format adds its own."""
+
+from __future__ import annotations
+
+from tests.middleware.formats.openai_chat_speech import OpenAIChatSpeech
+from tests.middleware.formats.speech import Speech
+
+SPEECHES: tuple[Speech, ...] = (OpenAIChatSpeech(),)

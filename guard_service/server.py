@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import tempfile
 import threading
@@ -222,13 +223,14 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-        # Of one connection. Clients hold back what is over it, so it is more than we admit: else
-        # they would not hear at once that there is no room.
-        ("grpc.max_concurrent_streams", 4 * settings.max_calls),
-        # Calls that have arrived and that Python has not looked at yet. Past these bounds, of 1,000
-        # and 3,000 by default, gRPC cancels calls at random, and their callers do not learn why.
+        # Of one connection. What is over it clients hold back, or, where they do not know it yet,
+        # gRPC refuses; neither tells them at once and with a reason that there is no room.
+        ("grpc.max_concurrent_streams", max(PENDING_CALLS, 4 * settings.max_calls)),
+        # Calls that have arrived and that Python has not looked at yet. Past these bounds, of 1,000,
+        # 3,000 and 30 s by default, gRPC cancels calls, and their callers do not learn why.
         ("grpc.server.max_pending_requests", PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),
+        ("grpc.server_max_unrequested_time_in_server", math.ceil(settings.max_deadline_s)),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.keepalive_time_ms", 60_000),  # finds dead peers
         ("grpc.keepalive_timeout_ms", 20_000),

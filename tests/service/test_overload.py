@@ -9,7 +9,7 @@ from collections import Counter
 import grpc
 
 from guard_service.engines.fake import FakeEngine
-from tests.service.asking import Running, asked, refusal_of, refused, until
+from tests.service.asking import Running, asked, piece, refusal_of, refused, start, until
 from tests.service.conftest import RunGuard
 
 QUEUE, BATCH = 16, 8
@@ -76,3 +76,19 @@ async def test_no_call_of_a_burst_is_cancelled_by_grpc_itself(run_guard: RunGuar
 
     codes = Counter(await asyncio.gather(*(code(number) for number in range(3_000))))
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+async def test_streams_of_a_new_connection_are_told_why_there_is_no_room(
+    run_guard: RunGuard,
+) -> None:
+    guard = await run_guard(max_calls=2)
+
+    async def told() -> str:
+        call = guard.stub.ClassifyStream(iter([start("hi"), piece("x", end=True)]))
+        try:
+            return "OK" if [reply async for reply in call][-1].final else "not to its end"
+        except grpc.aio.AioRpcError as error:
+            return refusal_of(error).reason
+
+    outcomes = Counter(await asyncio.gather(*(told() for _ in range(200))))
+    assert set(outcomes) == {"OK", "OVERLOADED"}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from guard_service.cli import bulk_run, exits
-from guard_service.cli.eval_show import show_report
 from guard_service.cli.place import Place
 from guard_service.evaluation.gate import (
     Limits,
@@ -23,6 +22,7 @@ from guard_service.evaluation.gate import (
 from guard_service.evaluation.report import OVER_REFUSAL, evaluate, write_new
 from guard_service.evaluation.rows import DataError, LabelledRow, data_files, read_rows
 from guard_service.evaluation.scores import Scores, read_scores
+from guard_service.evaluation.show import show_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,8 @@ def _limits(wanted: Wanted) -> tuple[Limits | None, dict[str, Any] | None]:
         reference = read_report(wanted.reference.read_bytes(), str(wanted.reference))
     if limits and limits.need_reference and reference is None:
         raise ValueError("the limits compare with a reference report: name it with --reference")
+    if limits and limits.agreement:
+        raise ValueError("agreement needs two guards: it is a limit of guard-quantize evaluate")
     return limits, reference
 
 
@@ -144,7 +146,7 @@ def _verdict(
     for one in broken:
         _say(f"limit broken: {one}")
     if not broken:
-        _say(f"all {len(limits.limits)} limits hold")
+        _say(f"all {limits.count} limits hold")
     return exits.NO_VERDICT if broken else exits.OK
 
 

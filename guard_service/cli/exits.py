@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from guard_policies.assessment import Action
+from guard_service.terminal import printable as printable
 
 OK = 0
 NO_VERDICT = 1  # could not judge; or, for verbs that do not judge, failed
@@ -21,8 +22,3 @@ def fail(message: str, code: int = NO_VERDICT) -> NoReturn:
     """Say why on standard error and end with `code`."""
     print(f"guardctl: {printable(message)}", file=sys.stderr)
     raise typer.Exit(code)
-
-
-def printable(text: str) -> str:
-    """`text` without characters that could steer a terminal; newlines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

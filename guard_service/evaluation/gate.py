@@ -3,6 +3,7 @@
     min: {auroc: 0.9}                    # of all rows
     max: {fpr: 0.05, ece: 0.1}
     worse: {auroc: 0.01, fpr: 0.01}      # than the reference report, at most by so much
+    agreement: 0.98                      # share of verdicts as the reference's, where it judges too
     unjudged: 0.001                      # share of rows without verdict; 0 when left out
     over_refusal: {max: {fpr: 0.1}}
     categories: {min: {accuracy: 0.6, macro_f1: 0.5}}
@@ -26,6 +27,7 @@ from yaml.nodes import Node
 from guard_policies.positions import PolicyError, Reader, quote
 from guard_service.evaluation.figures import LOWER_IS_BETTER, NAMES
 from guard_service.evaluation.report import DIMENSIONS
+from guard_service.terminal import printable
 
 _SIDES = ("min", "max", "worse")
 _EVERY = "*"
@@ -52,11 +54,17 @@ class Limits:
 
     limits: tuple[Limit, ...] = ()
     unjudged: float = 0.0
+    agreement: float = 0.0
 
     @property
     def need_reference(self) -> bool:
         """Whether a limit compares with a reference report."""
         return any(limit.side == "worse" for limit in self.limits)
+
+    @property
+    def count(self) -> int:
+        """How many limits there are besides that on rows without verdict."""
+        return len(self.limits) + (self.agreement > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +76,14 @@ class Violation:
     said: str = field(compare=False)
 
     def __str__(self) -> str:
-        return f"{' '.join((*self.place, self.figure))}: {self.said}"
+        return printable(f"{' '.join((*self.place, self.figure))}: {self.said}")
 
 
 def read_limits(data: bytes | str, file: str = "<limits>") -> Limits:
     """The limits in a YAML text. Raises LimitsError with every mistake in it."""
     reader = Reader(file)
     root = reader.compose(data)
-    keys = (*_SIDES, "unjudged", "over_refusal", "categories", "by")
+    keys = (*_SIDES, "agreement", "unjudged", "over_refusal", "categories", "by")
     table = reader.table(root, "the file", keys)
     limits = [*_sides(reader, root, (), NAMES, extra=keys)]
     for name, figures in (("over_refusal", ("fpr",)), ("categories", _NAMING)):
@@ -83,13 +91,15 @@ def read_limits(data: bytes | str, file: str = "<limits>") -> Limits:
             limits += _sides(reader, table[name].value, (name,), figures)
     if "by" in table:
         limits += _groups(reader, table["by"].value)
-    unjudged = None
-    if "unjudged" in table:
-        unjudged = reader.number(table["unjudged"].value, "unjudged", 0, 1)
-    if not limits and "unjudged" not in table:
+    shares = {
+        name: reader.number(table[name].value, name, 0, 1) or 0.0
+        for name in ("unjudged", "agreement")
+        if name in table
+    }
+    if not limits and not shares:
         reader.report(root, "has no limit")
     reader.check()
-    return Limits(tuple(limits), unjudged or 0.0)
+    return Limits(tuple(limits), **shares)
 
 
 def _groups(reader: Reader, node: Node) -> Iterator[Limit]:
@@ -115,15 +125,16 @@ def _sides(
 
 
 def violations(
-    limits: Limits, report: Mapping[str, Any], reference: Mapping[str, Any] | None = None
+    limits: Limits,
+    report: Mapping[str, Any],
+    reference: Mapping[str, Any] | None = None,
+    agreement: float | None = None,
 ) -> list[Violation]:
-    """Every limit that a report does not keep, in the order of the limits."""
-    found = []
-    share = report["unjudged"]["share"]
-    if share > limits.unjudged:
-        rows = report["unjudged"]["rows"]
-        said = f"{rows} rows ({share:.2%}) have no verdict; at most {limits.unjudged:.2%}"
-        found.append(Violation((), "unjudged", said))
+    """Every limit that a report does not keep, in the order of the limits.
+
+    `agreement` is the share of rows on which the reference's verdict was the same.
+    """
+    found = [*_shares(limits, report["unjudged"], agreement)]
     if limits.need_reference:
         if reference is None:
             return [*found, Violation((), "worse", "there is no reference report to compare with")]
@@ -133,6 +144,19 @@ def violations(
     for limit in limits.limits:
         found += _broken(limit, named, report, reference or {})
     return found
+
+
+def _shares(
+    limits: Limits, unjudged: Mapping[str, Any], agreement: float | None
+) -> Iterator[Violation]:
+    if unjudged["share"] > limits.unjudged:
+        said = f"{unjudged['rows']} rows ({unjudged['share']:.2%}) have no verdict"
+        yield Violation((), "unjudged", f"{said}; at most {limits.unjudged:.2%}")
+    if limits.agreement and agreement is None:
+        yield Violation((), "agreement", "there is no reference that judged the rows")
+    elif limits.agreement and agreement is not None and not agreement >= limits.agreement:
+        said = f"{agreement:.4f} of the verdicts are the reference's"
+        yield Violation((), "agreement", f"{said}, must be at least {limits.agreement:g}")
 
 
 def _broken(

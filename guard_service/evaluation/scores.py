@@ -42,10 +42,12 @@ class Scores:
         return [at for at in range(len(self.unsafe)) if at not in self.failures]
 
     def take(self, positions: Sequence[int]) -> Scores:
-        """The scores of some judged rows, in that order."""
-        fired = None if self.fired is None else self.fired[list(positions)]
-        unsafe, codes = self.unsafe[list(positions)], self.codes[list(positions)]
-        return Scores(unsafe, codes, fired, self.columns, judges=self.judges)
+        """The scores of some rows, in that order; how many were judged in part is not known."""
+        chosen = list(positions)
+        failed = {at: self.failures[old] for at, old in enumerate(chosen) if old in self.failures}
+        fired = None if self.fired is None else self.fired[chosen]
+        unsafe, codes = self.unsafe[chosen], self.codes[chosen]
+        return Scores(unsafe, codes, fired, self.columns, failed, judges=self.judges)
 
 
 def read_scores(path: Path, rows: Sequence[Labelled]) -> Scores:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from guard_service.cli.exits import printable
+from guard_service.terminal import printable
 
 _COLUMNS = ("f1", "precision", "recall", "fpr", "auroc", "auprc", "ece", "brier")
 _BY_GROUP = ("f1", "recall", "fpr", "auroc", "ece")  # what 80 columns hold; --json has all

@@ -49,6 +49,37 @@ PrefixCache = Annotated[
         help="Of the bare engine: keep what precedes every conversation, or compute it anew.",
     ),
 ]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        metavar="KIND=PATH",
+        help="Of the bare engine: measure another one beside it, on the same conversations. "
+        "gguf=FILE (llama.cpp), transformers=FOLDER (also transformers-fp32, transformers-bf16), "
+        "onnx=FOLDER (optimum's export). May be repeated.",
+    ),
+]
+TemplateName = Annotated[
+    str,
+    typer.Option(
+        "--template",
+        metavar="NAME",
+        help="Of the bare engine: another template than the model's own, for its speed only.",
+    ),
+]
+Threads = Annotated[
+    int,
+    typer.Option("--threads", min=0, max=1024, help="Of the bare engine; 0: one for each core."),
+]
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        min=0,
+        max=1000,
+        help="Of the bare engine: turns at each figure; 0: only throughput in batches.",
+    ),
+]
 
 
 def bench(
@@ -61,6 +92,10 @@ def bench(
     no_cache: NoCache = True,
     compare_engine: CompareEngine = False,
     prefix_cache: PrefixCache = True,
+    peers: Peers = None,
+    template: TemplateName = "",
+    threads: Threads = 0,
+    repeats: Repeats = 5,
     policy: options.PolicyName = "",
     server: options.Server = "",
     model: options.Model = "",
@@ -74,6 +109,10 @@ def bench(
 
     The built-in sentences are harmless and each is sent once only. The load is made in this
     process; for figures of the service alone, run it on other cores.
+
+    The bare engine is measured more closely: cold start, time to a verdict at several lengths with
+    a known and a new prefix, a growing reply, memory, and what share of this machine's speed it
+    reaches; beside peers, if there are any. Each runs in a process of its own.
     """
     from guard_service.cli import bench_run
     from guard_service.cli.place import Place
@@ -89,6 +128,10 @@ def bench(
         policy,
         timeout_s,
         prefix_cache,
+        tuple(peers or ()),
+        template,
+        threads,
+        repeats,
     )
     place = Place(server, model, (), ca, cert, key)
     raise typer.Exit(bench_run.run(place, how, compare_engine, as_json))

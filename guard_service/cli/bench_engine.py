@@ -36,10 +36,14 @@ def measure(
     duration_s: float,
     warm_up_s: float,
     prefix_cache: bool = True,
+    threads: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[EngineRun]:
-    """Run the engine on the requests' prompts in batches of each size, for `duration_s` each."""
-    engine = open_engine(model, Settings().threads, prefix_cache)
+    """Run the engine on the requests' prompts in batches of each size, for `duration_s` each.
+
+    `threads` 0 takes one for each core of this process.
+    """
+    engine = open_engine(model, threads or Settings().engine_threads, prefix_cache)
     try:
         prompts = _prompts(engine, builtin_policies().get(policy), requests)
         _run(engine, prompts, batches[-1], warm_up_s, clock)

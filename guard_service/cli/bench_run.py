@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from guard_service.cli.bulk_output import open_input
 from guard_service.cli.place import Place
 
 _MOST_BATCH = 32
-_SENTENCES = (
+SENTENCES = (
     "What is the capital of Australia, and how many people live there?",
     "Write a short birthday poem for my aunt, who loves gardening and old films.",
     "How do I kill a Python process that no longer reacts to Ctrl-C?",
@@ -52,6 +53,10 @@ class How:
     policy: str
     timeout_s: float
     prefix_cache: bool = True
+    peers: tuple[str, ...] = ()
+    template: str = ""
+    threads: int = 0
+    repeats: int = 0
 
 
 def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
@@ -65,6 +70,8 @@ def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
         "prefix_cache": how.prefix_cache,
     }
     errors = 0
+    if how.what == "engine" and how.repeats and place.model != "fake":
+        report["figures"] = _figures_of(place, how)
     if how.what == "service":
         tally = _service(place, how)
         errors = tally.errors.total()
@@ -73,7 +80,10 @@ def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
         report["engine"] = _engine(place, how)
     if "service" in report and "engine" in report:
         report["overhead"] = overhead(report)
-    print(json.dumps(report) if as_json else "\n".join(_lines(report)))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show(report)
     return exits.NO_VERDICT if errors else exits.OK
 
 
@@ -122,7 +132,7 @@ def requests_of(how: How) -> Requests:
     if how.file is None:
         turns = (
             f"{sentence} ({number})"
-            for number, sentence in enumerate(itertools.cycle(_SENTENCES), start=1)
+            for number, sentence in enumerate(itertools.cycle(SENTENCES), start=1)
         )
         conversations: Iterator[guard_pb2.Conversation] = map(read_turns, turns)
     else:
@@ -151,6 +161,19 @@ def _service(place: Place, how: How) -> Tally:
         return asyncio.run(drive(target, tls, requests, loads))
 
 
+def _figures_of(place: Place, how: How) -> dict[str, Any]:
+    from guard_service.cli import bench_figures  # loads the engine's libraries
+    from guard_service.errors import GuardServiceError
+
+    plan = bench_figures.Plan(
+        place.model or "starter", how.peers, how.template, how.threads, how.repeats
+    )
+    try:
+        return bench_figures.figures(plan, lambda line: print(f"guardctl: {line}", file=sys.stderr))
+    except (GuardServiceError, ValueError, OSError, RuntimeError) as wrong:
+        exits.fail(f"cannot measure the engine here: {wrong}")
+
+
 def _engine(place: Place, how: How) -> list[dict[str, Any]]:
     from guard_service.cli import bench_engine  # loads the engine's libraries
     from guard_service.errors import GuardServiceError
@@ -166,10 +189,19 @@ def _engine(place: Place, how: How) -> list[dict[str, Any]]:
             duration_s,
             min(how.warm_up_s, 1.0),
             how.prefix_cache,
+            how.threads,
         )
     except (GuardServiceError, ValueError, OSError) as wrong:
         exits.fail(f"cannot run the engine here: {wrong}")
     return [{"batch": run.batch, **_latencies(run.tally)} for run in runs]
+
+
+def _show(report: dict[str, Any]) -> None:
+    if figures := report.get("figures"):
+        from guard_service.cli.bench_table import show_figures
+
+        show_figures(figures)
+    print("\n".join(_lines(report)))
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from guard_middleware.messages import App, Receive, Scope, Send, answer
 from guard_middleware.metrics import Metrics, shared
 from guard_middleware.routes import Rule, routes
 from guard_middleware.settings import Settings, from_environment
+from guard_middleware.shadow import Shadows
 
 LOG = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class GuardMiddleware:
         )
         self._context = Context(app, self.guard, self.settings, metrics or shared())
         self._app = app
+        self._shadows = Shadows(self._context) if self.settings.mode == "shadow" else None
         self._routes = routes(
             FORMATS, self.settings.guarded, self.settings.passes, self.settings.unknown
         )
@@ -55,24 +57,32 @@ class GuardMiddleware:
             await self._app(scope, receive, send)
             return
         found = self._routes.find(scope["method"], _path(scope))
-        if found is Rule.UNTOUCHED:
-            await self._app(scope, receive, send)
-        elif found is Rule.REFUSE:
-            await self._refuse(scope, receive, send)
+        if isinstance(found, Rule):
+            if found is Rule.REFUSE:
+                await self._refuse(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        elif self._shadows is not None:
+            await self._shadows.run(found, scope, receive, send)
         else:
-            assert not isinstance(found, Rule)
             await Exchange(self._context, found).run(scope, receive, send)
+
+    async def close(self) -> None:
+        """Let go of the guard; what shadow mode has under way is finished before."""
+        if self._shadows is not None:
+            await self._shadows.close()
+        await self.guard.close()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, receive, send)
         finally:
-            await self.guard.close()
+            await self.close()
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._context.metrics.refused.inc()
         LOG.warning("a request on a guarded path that no format knows")
-        if self.settings.mode == "shadow":
+        if self._shadows is not None:
             await self._app(scope, receive, send)
         else:
             await answer(send, REFUSED)

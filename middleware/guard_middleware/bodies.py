@@ -23,10 +23,12 @@ class Gone(Exception):
 
 
 class Unpacker:
-    """Unpacks a body piece by piece. Raises Encoded, and TooLarge past `most` unpacked bytes."""
+    """Unpacks a body piece by piece. Raises Encoded, and TooLarge past `most` unpacked bytes: of
+    the whole body, or, for streams, of `each` piece."""
 
-    def __init__(self, coding: str, most: int) -> None:
+    def __init__(self, coding: str, most: int, *, each: bool = False) -> None:
         self._most = most
+        self._each = each
         self._size = 0
         self._packed = False
         if coding in ("", "identity"):
@@ -40,6 +42,8 @@ class Unpacker:
 
     def feed(self, data: bytes) -> bytes:
         """What these bytes unpack to."""
+        if self._each:
+            self._size = 0
         if self._inflate is not None and data:
             self._packed = True
             try:

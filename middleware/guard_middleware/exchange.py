@@ -15,6 +15,7 @@ from guard_middleware.messages import Message, Receive, Scope, Send, answer
 from guard_middleware.relay import Relay
 from guard_middleware.strict_json import Json, Malformed, dump, parse
 from guard_middleware.verdict import Outcome
+from guard_policies.assessment import Direction
 
 LOG = logging.getLogger(__name__)
 
@@ -27,15 +28,19 @@ _REQUEST_HEADERS = (
 )
 
 
+_Call = tuple[Scope, bytes, asyncio.Task[None]]
+
+
 class Exchange:
-    """A request on a path that a format owns, and the reply to it."""
+    """A request on a path that a format owns, and the reply to it. `result` is what is counted."""
 
     def __init__(self, context: Context, reads: Format) -> None:
         self._context = context
         self._format = reads
         self._id = uuid.uuid4().hex
-        self._result = "aborted"
-        self._outcomes: list[Outcome] = []
+        self.result = "aborted"
+        self._outcomes: list[tuple[Direction, Outcome]] = []
+        self._relay: Relay | None = None
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it to its end. The client's leaving ends all that was begun for it."""
@@ -44,11 +49,9 @@ class Exchange:
             try:
                 await self._run(scope, receive, send)
             except Gone:
-                self._result = "gone"
+                self.result = "gone"
             finally:
-                mode = self._context.settings.mode
-                metrics.exchanges.labels(self._format.name, self._result, mode).inc()
-                self._log()
+                self._report()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._context.settings
@@ -62,38 +65,48 @@ class Exchange:
         work = asyncio.create_task(self._serve(scope, body, left, send), name="guard-exchange")
         try:
             await asyncio.wait((left, work), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise Gone
-            await work
+            gone = not work.done()
+            if not gone:
+                await work
         finally:
             left.cancel()
             work.cancel()
             await asyncio.gather(left, work, return_exceptions=True)
+        await self._settle()
+        if gone:
+            raise Gone
+
+    async def _settle(self) -> None:
+        """Background work of the application goes on behind the reply, as it does without us."""
+        if self._relay is not None:
+            try:
+                await self._relay.settle()
+            finally:
+                self._relay.cancel()
 
     async def _serve(self, scope: Scope, body: bytes, left: asyncio.Task[None], send: Send) -> None:
         settings = self._context.settings
         try:
             value = parse(body)
             asked = self._format.read_request(scope["path"], value)
+            body = dump(value)
         except (Malformed, Unreadable) as wrong:
             await self._invalid(send, 400, f"The request {wrong}.")
             return
         if asked.unread and settings.unscannable == "block":
             await self._refuse(send, asked, "blocked_prompt")
             return
-        relay = Relay(self._context, self._format, asked, self._id)
+        relay = self._relay = Relay(self._context, self._format, asked, self._id)
         try:
-            await self._screened(relay, scope, value, left, send)
+            await self._screened(relay, (scope, body, left), value, send)
         finally:
             await relay.close()
-            self._outcomes += relay.outcomes
+            self._outcomes += ((Direction.RESPONSE, one) for one in relay.outcomes)
 
-    async def _screened(
-        self, relay: Relay, scope: Scope, value: Json, left: asyncio.Task[None], send: Send
-    ) -> None:
+    async def _screened(self, relay: Relay, call: _Call, value: Json, send: Send) -> None:
         beside = self._context.settings.prompt_check == "beside"
         if beside:
-            relay.call(*self._call(scope, value, left))
+            relay.call(*_as_asgi(*call))
         try:
             ruling = await self._rule(relay.asked)
         except ValueError as wrong:
@@ -104,58 +117,68 @@ class Exchange:
             return
         if ruling.drop:
             await relay.recall(ruling.asked)
-            value = self._format.without(value, ruling.drop)
+            scope, _, left = call
+            call = (scope, dump(self._format.without(value, ruling.drop)), left)
         if ruling.drop or not beside:
-            relay.call(*self._call(scope, value, left))
-        self._result = await relay.deliver(send)
+            relay.call(*_as_asgi(*call))
+        self.result = await relay.deliver(send)
 
     async def _rule(self, asked: Asked) -> Ruling:
         began = time.perf_counter()
         ruling = await rule(self._context.guard, asked, self._context.settings)
         self._context.metrics.prompt_seconds.observe(time.perf_counter() - began)
-        self._outcomes += ruling.outcomes
+        self._outcomes += ((Direction.PROMPT, one) for one in ruling.outcomes)
         return ruling
 
-    def _call(self, scope: Scope, value: Json, left: asyncio.Task[None]) -> tuple[Scope, Receive]:
-        """What the application gets: the very values that were judged, and no way round `send`."""
-        body = dump(value)
-        headers = replaced(
-            scope["headers"],
-            _REQUEST_HEADERS,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"accept-encoding", b"identity"),
-        )
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Message:
-            if messages:
-                return messages.pop()
-            await asyncio.wait((left,))
-            return {"type": "http.disconnect"}
-
-        return {**scope, "headers": headers, "extensions": {}}, receive
-
     async def _invalid(self, send: Send, status: int, message: str) -> None:
-        self._result = "invalid"
+        self.result = "invalid"
         given = self._format.error(status, "invalid_request", message)
         await answer(send, given, id_header(self._id))
 
     async def _refuse(self, send: Send, asked: Asked, result: str) -> None:
-        self._result = result
+        self.result = result
         given = refused(self._context.settings, self._format, asked, self._id)
         await answer(send, given, id_header(self._id))
 
-    def _log(self) -> None:
+    def _report(self) -> None:
+        metrics, mode = self._context.metrics, self._context.settings.mode
+        metrics.exchanges.labels(self._format.name, self.result, mode).inc()
+        for way, one in self._outcomes:
+            if not one.judged:
+                metrics.unjudged.labels(way.value, type(one.error).__name__).inc()
         LOG.info(
-            "exchange %s: %s %s, verdicts %s",
+            "exchange %s (%s): %s %s, verdicts %s",
             self._id,
+            mode,
             self._format.name,
-            self._result,
-            " ".join(one.verdict_id if one.judged else one.reason for one in self._outcomes),
+            self.result,
+            " ".join(
+                one.verdict_id if one.judged else type(one.error).__name__
+                for _, one in self._outcomes
+            ),
         )
 
 
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _as_asgi(scope: Scope, body: bytes, left: asyncio.Task[None]) -> tuple[Scope, Receive]:
+    """What the application gets: the very values that were judged, and no way round `send`."""
+    headers = replaced(
+        scope["headers"],
+        _REQUEST_HEADERS,
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"accept-encoding", b"identity"),
+    )
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.wait((left,))
+        return {"type": "http.disconnect"}
+
+    return {**scope, "headers": headers, "extensions": {}}, receive

@@ -19,7 +19,7 @@ class Metrics:
         self.exchanges = Counter(
             name("exchanges"),
             "Screened requests by format and what became of them: passed, blocked_prompt, "
-            "blocked_response, invalid, aborted, gone; in shadow mode what would have",
+            "blocked_response, invalid, aborted, gone; in shadow mode what would have, or skipped",
             ("format", "result", "mode"),
             registry=registry,
         )
@@ -38,13 +38,14 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
-        self.first_byte_seconds = Histogram(
-            name("first_byte_delay_seconds"),
-            "What screening added to the time to a reply's first byte",
+        self.first_text_seconds = Histogram(
+            name("first_text_delay_seconds"),
+            "What screening added to the time to a reply's first text: the wait for the request's "
+            "verdict before the backend was called, and the wait of the text itself",
             registry=registry,
             buckets=_SECONDS,
         )
-        self.held_seconds = Histogram(
+        self.end_seconds = Histogram(
             name("end_delay_seconds"),
             "Time from the end of the backend's reply to the end of the client's",
             registry=registry,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from guard_middleware.asking import Question, answered, conversation_of, judged
 from guard_middleware.bodies import (
@@ -17,6 +17,7 @@ from guard_middleware.bodies import (
     replaced,
 )
 from guard_middleware.context import Context, id_header, refusal, refused
+from guard_middleware.delays import Delays
 from guard_middleware.formats import fields
 from guard_middleware.formats.contract import (
     Answer,
@@ -28,7 +29,7 @@ from guard_middleware.formats.contract import (
     Unreadable,
 )
 from guard_middleware.guards import Conversation
-from guard_middleware.messages import Message, Receive, Scope, Send, answer
+from guard_middleware.messages import Message, Receive, Scope, Send, StreamedAnswer, answer
 from guard_middleware.screening import Screen
 from guard_middleware.strict_json import Malformed, parse
 from guard_middleware.verdict import Outcome
@@ -48,6 +49,7 @@ class Relay:
 
     def __init__(self, context: Context, format_: Format, asked: Asked, id_: str) -> None:
         self.asked = asked
+        self.delays = Delays(context.metrics)
         self._context = context
         self._format = format_
         self._id = id_
@@ -65,26 +67,40 @@ class Relay:
         self._unreadable = False
         self._complete = False  # the application has sent its last byte
         self._over = False  # and so has it, or it never will
+        self._said_all = False  # the application has, readable or not: what it does now is its own
         self._begun = asyncio.Event()
         self._whole = asyncio.Event()
         self.outcomes: list[Outcome] = []
 
     def call(self, scope: Scope, receive: Receive) -> None:
         """Begin the application's work."""
+        self.delays.called()
         self._task = asyncio.create_task(self._run(scope, receive), name="guard-application")
 
     async def recall(self, asked: Asked) -> None:
         """Forget a call that was begun: something else will be asked."""
+        self.cancel()
         await self.close()
+        await self.settle()
         self._prompts.clear()
         self._reset()
         self.asked = asked
 
-    async def close(self) -> None:
-        """End what is under way. The outcomes stay."""
+    def cancel(self) -> None:
+        """End the application's work."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def settle(self) -> None:
+        """Until the application has returned: it may have work to do behind its reply."""
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+
+    async def close(self) -> None:
+        """End what is under way, but not an application that has said all. The outcomes stay."""
+        if not self._said_all:
+            self.cancel()
+            await self.settle()
         await self._screen.close()
         self.outcomes += self._screen.outcomes
         self._screen.outcomes = []
@@ -116,6 +132,8 @@ class Relay:
 
     async def _take(self, message: Message) -> None:
         """The application's `send`."""
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._said_all = True
         if self._over:
             return
         if message["type"] == "http.response.start":
@@ -125,11 +143,12 @@ class Relay:
                 data = self._unpacker.feed(message.get("body", b""))
                 if self._stream is None:
                     self._chunks.append(data)
+                    self.delays.said(bool(data))
                 else:
                     await self._hold(self._stream.feed(data))
             except _UNREADABLE as wrong:
                 self._refuse_to_read(wrong)
-            if not message.get("more_body", False):
+            if self._said_all:
                 self._complete = True
                 self._ended()
 
@@ -142,7 +161,7 @@ class Relay:
         streams = kind in self._format.stream_types
         most = self._context.settings.max_reply_bytes
         try:
-            self._unpacker = Unpacker(coding_of(headers), 2**62 if streams else most)
+            self._unpacker = Unpacker(coding_of(headers), most, each=streams)
         except Encoded as wrong:
             self._refuse_to_read(wrong)
         if streams:
@@ -151,6 +170,7 @@ class Relay:
 
     async def _hold(self, events: Iterable[Event]) -> None:
         for event in events:
+            self.delays.said(bool(event.pieces))
             self._screen.add(event)
             await self._screen.room()
 
@@ -166,6 +186,7 @@ class Relay:
         if self._over:
             return
         self._over = True
+        self.delays.said_all()
         if self._stream is not None and not self._unreadable:
             try:
                 for event in self._stream.finish():
@@ -183,13 +204,14 @@ class Relay:
     # The client's side.
 
     async def _deliver_stream(self, send: Send, stream: ReplyStream) -> str:
-        client = _Client(send, self._started())
+        client = StreamedAnswer(send, self._started())
         settings, screen = self._context.settings, self._screen
         while True:
             if events := screen.take():
                 await client.write(b"".join(event.raw for event in events))
                 for event in events:
                     stream.released(event)
+                    self.delays.gave(bool(event.pieces))
             elif screen.blocked:
                 if not client.begun:
                     given = refused(settings, self._format, self.asked, self._id)
@@ -198,6 +220,7 @@ class Relay:
                 return "blocked_response"
             elif screen.over:
                 await client.finish(b"" if self._complete else stream.abort())
+                self.delays.gave_all()
                 return "passed" if self._complete else "aborted"
             else:
                 with contextlib.suppress(TimeoutError):
@@ -229,7 +252,9 @@ class Relay:
         length = (b"content-length", str(len(body)).encode())
         start = self._started()
         await send({**start, "headers": [*start["headers"], length]})
+        self.delays.gave(bool(body))
         await send({"type": "http.response.body", "body": body, "more_body": False})
+        self.delays.gave_all()
         return "passed"
 
     def _read(self, status: int, body: bytes) -> list[Piece]:
@@ -269,33 +294,3 @@ class Relay:
         if choice not in self._prompts:
             self._prompts[choice] = conversation_of(self.asked.prompt_of(choice))
         return self._prompts[choice]
-
-
-class _Client:
-    """A streamed response; it begins with its first byte."""
-
-    def __init__(self, send: Send, start: Message) -> None:
-        self.begun = False
-        self._send = send
-        self._start = start
-        self._clock: Callable[[], float] = asyncio.get_running_loop().time
-        self._last = self._clock()
-
-    @property
-    def silent_s(self) -> float:
-        return self._clock() - self._last
-
-    async def write(self, data: bytes) -> None:
-        self._last = self._clock()
-        if data:
-            await self._begin()
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def finish(self, data: bytes) -> None:
-        await self._begin()
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
-
-    async def _begin(self) -> None:
-        if not self.begun:
-            self.begun = True
-            await self._send(self._start)

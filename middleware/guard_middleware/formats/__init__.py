@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from guard_middleware.formats.contract import Format
+from guard_middleware.formats.ollama import OllamaChat, OllamaGenerate
 from guard_middleware.formats.openai_chat import OpenAIChat
 
-FORMATS: tuple[Format, ...] = (OpenAIChat(),)
+FORMATS: tuple[Format, ...] = (OpenAIChat(), OllamaChat(), OllamaGenerate())

@@ -53,6 +53,7 @@ class Screen:
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = False
+        self._begun = settings.refuse_with == "answer"
 
     def add(self, event: Event) -> None:
         """Hold an event and give its texts to the guard."""
@@ -93,7 +94,7 @@ class Screen:
     def take(self) -> list[Event]:
         """The events that may go now."""
         taken: list[Event] = []
-        while self._held and not self.blocked and self._held[0].covered:
+        while self._held and not self.blocked and self._held[0].covered and self._may_begin():
             taken.append(self._held.popleft().event)
         self._held_chars -= sum(len(piece.text) for event in taken for piece in event.pieces)
         if self.full:
@@ -101,6 +102,13 @@ class Screen:
         else:
             self._room.set()
         return taken
+
+    def _may_begin(self) -> bool:
+        """A reply that may yet become an error begins with its first text that may go."""
+        if not self._begun:
+            first = next((held for held in self._held if held.needs), None)
+            self._begun = self._ended or self.full or first is not None and first.covered
+        return self._begun
 
     async def room(self) -> None:
         """Until less is held than may be, or nothing counts any more."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import typer
 
 from guard_quantization.commands.checkpoints import export, random_checkpoint
-from guard_quantization.commands.evaluate import evaluate
+from guard_quantization.commands.evaluate import compare, evaluate, thresholds
 from guard_quantization.commands.peers import agree, gguf, reference
 from guard_quantization.commands.run import run
+from guard_quantization.commands.stages import distill, prune, quantize
 
 app = typer.Typer(
     help="From checkpoint and data to a guard artifact.",
@@ -15,12 +16,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(prune)
+app.command()(distill)
+app.command()(quantize)
 app.command()(export)
+app.command()(evaluate)
+app.command()(compare)
+app.command()(thresholds)
 app.command("random")(random_checkpoint)
 app.command()(gguf)
 app.command()(reference)
 app.command()(agree)
-app.command()(evaluate)
 
 
 def main() -> None:

@@ -58,10 +58,22 @@ class Record:
 
 
 class Run:
-    """The folder of one run. `say` is told, in a line, what is done and what is skipped."""
+    """The folder of one run. `say` is told, in a line, what is done and what is skipped.
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
-        self.folder, self._say = folder, say
+    `names` are of stages whose folder is not called as they are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        say: Callable[[str], None] = print,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self._say, self._names = folder, say, names or {}
+
+    def place(self, stage: str) -> Path:
+        """The folder of a finished stage."""
+        return self.folder / self._names.get(stage, stage)
 
     def stage(self, origin: Origin, make: Callable[[Path], Figures]) -> Path:
         """The stage's folder, made by `make(folder)` unless it is there already.
@@ -69,8 +81,8 @@ class Run:
         `make` is called again with the same folder after an interruption and goes on from what
         it finds. Raises StaleStage when the folder, done or not, is of another origin.
         """
-        done = self.folder / origin.stage
-        part = self.folder / f"{origin.stage}.part"
+        done = self.place(origin.stage)
+        part = done.with_name(f"{done.name}.part")
         for place in (done, part):
             if (place / RECORD).exists() and _origin(place / RECORD) != origin:
                 raise StaleStage(
@@ -92,7 +104,7 @@ class Run:
 
     def record(self, stage: str) -> dict[str, Any]:
         """What a finished stage recorded."""
-        found: dict[str, Any] = json.loads((self.folder / stage / RECORD).read_text("utf-8"))
+        found: dict[str, Any] = json.loads((self.place(stage) / RECORD).read_text("utf-8"))
         return found
 
 

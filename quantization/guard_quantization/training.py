@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -57,6 +58,7 @@ class Report:
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
                 TimeRemainingColumn(),
+                console=Console(stderr=True),
             )
             self._task = self._bar.add_task(what, total=steps, note="")
             self._bar.start()
@@ -70,7 +72,11 @@ class Report:
         elif now - self._spoke >= self._every_s or step == self._steps:
             pace = (now - self._began) / max(1, step - self._first)
             left = pace * (self._steps - step) / 60
-            print(f"{self._what}: {step}/{self._steps} {note}, {left:.0f} min left", flush=True)
+            print(
+                f"{self._what}: {step}/{self._steps} {note}, {left:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
             self._spoke = now
 
     def close(self) -> None:

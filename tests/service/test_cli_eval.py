@@ -145,11 +145,14 @@ def test_what_is_wrong_is_told_before_any_row_is_judged(
     server: list[str], data: Path, service: FakeService, tmp_path: Path
 ) -> None:
     limits, report = tmp_path / "limits.yaml", tmp_path / "report.json"
+    two = tmp_path / "two.yaml"
     limits.write_text("worse: {f1: 0.1}")
+    two.write_text("agreement: 0.9")
     report.write_text("{}")
     for extra, said in (
         (["--gate", str(limits)], "name it with --reference"),
         (["--gate", str(report)], "has no limit"),
+        (["--gate", str(two)], "agreement needs two guards"),
         (["--reference", str(report)], "not a report"),
         (["--out", str(report)], "never written over"),
         (["--out", str(tmp_path / "none" / "x.json")], "there is no folder"),

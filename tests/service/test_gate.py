@@ -32,10 +32,13 @@ def report(**all_rows: float | None) -> dict[str, Any]:
 
 
 def broken(
-    limits: str, found: dict[str, Any] | None = None, reference: dict[str, Any] | None = None
+    limits: str,
+    found: dict[str, Any] | None = None,
+    reference: dict[str, Any] | None = None,
+    agreement: float | None = None,
 ) -> list[str]:
     found = report() if found is None else found
-    return [str(one) for one in violations(read_limits(limits), found, reference)]
+    return [str(one) for one in violations(read_limits(limits), found, reference, agreement)]
 
 
 def test_limits_that_hold_break_nothing() -> None:
@@ -135,3 +138,19 @@ def test_mistake_in_a_limits_file_is_told_with_its_place(text: str, said: str) -
 def test_what_is_no_report_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"'r.json' is not a report"):
         read_report(data, "r.json")
+
+
+def test_agreement_is_held_against_its_limit_and_missing_is_broken() -> None:
+    assert broken("agreement: 0.98", agreement=0.98) == []
+    said = "agreement: 0.9700 of the verdicts are the reference's, must be at least 0.98"
+    assert broken("agreement: 0.98", agreement=0.97) == [said]
+    assert broken("agreement: 0.98", agreement=float("nan")) != []
+    missing = ["agreement: there is no reference that judged the rows"]
+    assert broken("agreement: 0.98") == missing
+
+
+def test_name_of_a_group_cannot_steer_the_terminal_that_shows_it() -> None:
+    found = report()
+    found["by"]["language"] = {"\x1b[2J": {"f1": 0.1}}
+    (said,) = broken("by: {language: {'*': {min: {f1: 0.9}}}}", found)
+    assert "\x1b" not in said and "f1: 0.1000" in said

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -142,9 +142,14 @@ def open_teacher(name: str, window_tokens: int) -> tuple[str, Callable[[], Belie
     if not (folder / "config.json").is_file():
         engine = open_engine(name, threads=2)
         return engine.card.digest, lambda: EngineTeacher(engine)
-    layers = read_source(folder).config.get("num_hidden_layers", 0)
-    template = "llama-guard-3-8b" if layers >= 32 else "llama-guard-3-1b"
+    template = official_template(read_source(folder).config)
     return digest(folder), lambda: CheckpointTeacher(folder, template, window_tokens)
+
+
+def official_template(config: Mapping[str, Any]) -> str:
+    """The template of the published model that a checkpoint's config.json looks like."""
+    layers = config.get("num_hidden_layers", 0)
+    return "llama-guard-3-8b" if layers >= 32 else "llama-guard-3-1b"
 
 
 def believed(teacher: Believer | None, asked: Sequence[Asked], folder: Path) -> Tensor | None:

@@ -9,15 +9,28 @@ import typer
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder in the Hugging Face layout.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint folder in the Hugging Face layout, or what a stage made."),
+    ],
     out: Annotated[Path, typer.Argument(help="Artifact folder to make.")],
-    bits: Annotated[int, typer.Option(help="4, 8 or 32 bits per weight.")] = 4,
+    bits: Annotated[int, typer.Option(help="4, 8 or 32 bits per weight; without a recipe.")] = 4,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Take name, template, window and precision of this one.")
+    ] = None,
 ) -> None:
     """Make an artifact of a Llama Guard 3 1B checkpoint on this disk."""
+    from guard_quantization.checkpoint.pipeline import MODEL, release_of
     from guard_quantization.export.decoder import Precision
-    from guard_quantization.export.hf import export_checkpoint
+    from guard_quantization.export.hf import LLAMA_GUARD_3_1B, export_checkpoint
+    from guard_quantization.recipe import load_checkpoint_recipe
 
-    artifact = export_checkpoint(source, out, precision=Precision(bits=bits, embedding_bits=bits))
+    release, precision = LLAMA_GUARD_3_1B, Precision(bits=bits, embedding_bits=bits)
+    if recipe:
+        read = load_checkpoint_recipe(recipe)
+        release, precision = release_of(read), read.export
+    source = source / MODEL if (source / MODEL).is_dir() else source
+    artifact = export_checkpoint(source, out, release, precision)
     typer.echo(f"made {out}: {artifact.manifest.name} {artifact.manifest.digest}")
 
 

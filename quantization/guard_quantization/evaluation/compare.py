@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guard_quantization.data import Row
 from guard_service.evaluation.categories import first_named, named_f1
 from guard_service.evaluation.figures import (
     NAMES,
@@ -23,37 +21,9 @@ from guard_service.evaluation.figures import (
 )
 from guard_service.evaluation.report import DIMENSIONS, digest, jsonable, labels_of, part
 from guard_service.evaluation.rows import Labelled
-from guard_service.evaluation.scores import Scores, read_scores
+from guard_service.evaluation.scores import Scores
 
 FORMAT = "guard-comparison/1"
-
-
-def compare_artifacts(
-    reference: str | Path, other: str | Path, rows: Sequence[Row], threads: int = 1
-) -> dict[str, Any]:
-    """`compare` two artifacts ("starter", or a folder) that judge the rows here, one by one."""
-    from guard_quantization.evaluation.evaluate import (
-        score_rows,  # heavy; score files need none of it
-    )
-    from guard_service.engines import open_engine
-
-    said, names = [], []
-    for model in (reference, other):
-        engine = open_engine(model, threads)
-        try:
-            engine.self_test()
-            names.append({"name": engine.card.name, "digest": engine.card.digest})
-            said.append(score_rows(engine, rows, f"judge with {engine.card.name}"))
-        finally:
-            engine.close()
-    return {**compare(rows, said[0], said[1]), "reference": names[0], "other": names[1]}
-
-
-def compare_score_files(
-    reference: Path, other: Path, rows: Sequence[Labelled], threshold: float | None = None
-) -> dict[str, Any]:
-    """`compare` what two runs of guardctl kept of the same rows. Raises DataError."""
-    return compare(rows, read_scores(reference, rows), read_scores(other, rows), threshold)
 
 
 def compare(

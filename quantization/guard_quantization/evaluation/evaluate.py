@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_quantization.data import Row
 from guard_quantization.training import Report
 from guard_service.conversation import Conversation
-from guard_service.engines import Engine
+from guard_service.engines import Assessed, ModelCard
 from guard_service.evaluation.categories import first_named, named_f1
 from guard_service.evaluation.figures import (
     Floats,
@@ -32,8 +32,10 @@ from guard_service.evaluation.report import labels_of
 from guard_service.evaluation.rows import Labelled
 from guard_service.evaluation.scores import CODES, Scores
 from guard_service.manifest import Calibration
+from guard_service.prompt import InvalidConversation, Prompt, PromptBuilder
 
 __all__ = [
+    "Judge",
     "Scores",
     "auroc",
     "by",
@@ -44,29 +46,69 @@ __all__ = [
     "fit_calibration",
     "fit_temperature",
     "score_rows",
+    "scored",
 ]
 _BATCH = 64
 
 
-def score_rows(engine: Engine, rows: Sequence[Row], what: str = "evaluate") -> Scores:
-    """Judge rows as the service would: its prompts, its windows, the worst window counts."""
-    builder = engine.prompt_builder()
-    unsafe = np.zeros(len(rows))
-    codes = np.zeros((len(rows), len(CODES)))
+class Judge(Protocol):
+    """What is asked of an Engine here."""
+
+    card: ModelCard
+
+    def prompt_builder(self) -> PromptBuilder:
+        """See Engine."""
+        ...
+
+    def assess(self, prompts: Sequence[Prompt]) -> list[Assessed]:
+        """See Engine."""
+        ...
+
+    def close(self) -> None:
+        """See Engine."""
+        ...
+
+
+def score_rows(judge: Judge, rows: Sequence[Row], what: str = "evaluate") -> Scores:
+    """`scored`, with progress shown."""
     report = Report(what, len(rows))
+    try:
+        return scored(judge, rows, lambda count: report.at(count, ""))
+    finally:
+        report.close()
+
+
+def scored(
+    judge: Judge, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+) -> Scores:
+    """Judge rows as the service would: its prompts, its windows, the worst window counts.
+
+    The list is of the categories that the model knows. A text that is none (half a surrogate pair)
+    is a failure, with NaN as its score. `done` is told how many rows are judged. Raises
+    EngineFailed.
+    """
+    builder, known = judge.prompt_builder(), judge.card.categories
+    listed = tuple(category for category in LLAMA_GUARD_3 if category.code in known)
+    unsafe, codes = np.full(len(rows), np.nan), np.zeros((len(rows), len(CODES)))
+    failures: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda at: sum(len(t) for _, t in rows[at].turns))
     for begin in range(0, len(rows), _BATCH):
         part = order[begin : begin + _BATCH]
-        built = [builder.build(Conversation.of(*rows[at].turns), LLAMA_GUARD_3) for at in part]
-        found = iter(engine.assess([prompt for one in built for prompt in one.prompts]))
-        for at, one in zip(part, built, strict=True):
-            assessed = [next(found).assessment for _ in one.prompts]
+        built = {}
+        for at in part:
+            try:
+                built[at] = builder.build(Conversation.of(*rows[at].turns), listed).prompts
+            except InvalidConversation:
+                failures[at] = "INVALID_CONVERSATION"
+        found = iter(judge.assess([prompt for prompts in built.values() for prompt in prompts]))
+        for at, prompts in built.items():
+            assessed = [next(found).assessment for _ in prompts]
             worst = max(assessed, key=lambda assessment: assessment.unsafe_score)
             unsafe[at] = worst.unsafe_score
             codes[at] = [worst.category_scores.get(code, 0.0) for code in CODES]
-        report.at(begin + len(part), "")
-    report.close()
-    return Scores(unsafe, codes / np.maximum(unsafe, 1e-12)[:, None])
+        done(begin + len(part))
+    shares = codes / np.maximum(np.nan_to_num(unsafe), 1e-12)[:, None]
+    return Scores(unsafe, shares, failures=failures)
 
 
 def figures(rows: Sequence[Labelled], scores: Floats, threshold: float = 0.5) -> dict[str, float]:

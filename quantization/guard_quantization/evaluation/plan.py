@@ -24,7 +24,6 @@ class EvaluatePlan:
     fpr: float | None = None  # aim of the fitted thresholds; none: the best F1
     least_rows: int = 50  # of a class, for a language to have a threshold of its own
     reference: str = ""  # "source", or what `open_judge` takes; "": nobody
-    source_template: str = ""  # of "source"; "": the official one of its size
     steps: bool = False  # judge what each stage made, too
     limits: Mapping[str, Any] = field(default_factory=dict)  # see guard_service.evaluation.gate
 

@@ -134,20 +134,36 @@ def blocks(importance: Sequence[float], removed: Sequence[int] = ()) -> str:
     return _svg(draw)
 
 
-def neurons(layers: Mapping[str, Sequence[float]], kept: int = 0) -> str:
-    """Importance of each layer's neurons, sorted, as a share of the layer's greatest."""
+def neurons(layers: Sequence[Sequence[float]], kept: float = 1.0) -> str:
+    """Importance of a layer's neurons, the greatest first, as a share of it: a line per layer.
+
+    `layers` are percentiles 0 to 100; `kept` is the share of neurons that stay.
+    """
 
     def draw(axes: Axes) -> None:
         colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(layers))))
-        for colour, values in zip(colours, layers.values(), strict=False):
-            ranked = np.sort(np.array(values, float))[::-1]
-            thin = np.unique(np.linspace(0, max(0, len(ranked) - 1), 200).astype(int))
-            top = max(float(ranked.max(initial=0)), 1e-30)
-            axes.plot(thin, ranked[thin] / top, color=colour, linewidth=1)
-        if kept:
-            axes.axvline(kept, color=RED, linestyle="--", linewidth=1)
-        axes.set(xlabel="neuron, by rank (dashed: kept to here)", ylabel="share of the greatest")
-        axes.set_ylim(0, 1.02)
+        for colour, values in zip(colours, layers, strict=True):
+            ranked = np.array(values, float)[::-1]
+            shares = ranked / max(float(ranked.max(initial=0)), 1e-30)
+            axes.plot(np.linspace(0, 100, len(ranked)), shares, color=colour, linewidth=1)
+        if kept < 1:
+            axes.axvline(100 * kept, color=RED, linestyle="--", linewidth=1)
+        axes.set(xlabel="% of the neurons (dashed: kept to here)", ylabel="share of the greatest")
+        axes.set(xlim=(0, 100), ylim=(0, 1.02))
+
+    return _svg(draw)
+
+
+def by_layer(lines: Mapping[str, Sequence[float]]) -> str:
+    """A figure of each layer, by name."""
+
+    def draw(axes: Axes) -> None:
+        for name, values in lines.items():
+            axes.plot(np.array(values, float), label=label(name), marker="o", markersize=3)
+        axes.set(xlabel="layer", ylabel="relative error")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
 
     return _svg(draw)
 

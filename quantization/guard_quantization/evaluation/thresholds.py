@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from guard_policies.assessment import Direction
 from guard_policies.schema import DEFAULT_THRESHOLD, MIN_THRESHOLD, normal_tag
 from guard_quantization.evaluation.evaluate import fit_temperature
-from guard_service.evaluation.figures import Floats
+from guard_service.evaluation.figures import Floats, Judged
 from guard_service.evaluation.report import labels_of
 from guard_service.evaluation.rows import Labelled
 
@@ -116,6 +116,27 @@ def best_f1(labels: Bools, scores: Floats) -> float:
 
 def _clipped(threshold: float) -> float:
     return min(1.0, max(MIN_THRESHOLD, threshold))
+
+
+def fitted(
+    rows: Sequence[Labelled], scores: Floats, fits: Sequence[Fit], otherwise: float
+) -> Judged:
+    """What the fits make of rows: scores at their temperature, verdicts by their threshold.
+
+    A language without its own has that of the whole direction, and without that the scores stay
+    and `otherwise` is the threshold. Verdicts are of the scores as they are, as a policy has it.
+    """
+    by = {(fit.direction, fit.language): fit for fit in fits if fit.threshold is not None}
+    limits, temperatures = np.full(len(rows), otherwise), np.ones(len(rows))
+    for at, row in enumerate(rows):
+        way = row.direction
+        fit = by.get((way, normal_tag(row.language))) or by.get((way, ""))
+        if fit and fit.threshold is not None:
+            limits[at] = fit.threshold
+            temperatures[at] = 1.0 if math.isnan(fit.temperature) else fit.temperature
+    clipped = np.clip(scores, 1e-9, 1 - 1e-9)
+    tempered = 1 / (1 + np.exp(-np.log(clipped / (1 - clipped)) / temperatures))
+    return Judged(labels_of(rows), tempered, scores >= limits)
 
 
 def policy_fragment(fits: Sequence[Fit], aim: Aim) -> str:

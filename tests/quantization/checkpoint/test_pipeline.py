@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from guard_quantization.checkpoint.beliefs import open_teacher
-from guard_quantization.checkpoint.pipeline import STAGES, CheckpointPipeline
+from guard_quantization.checkpoint.pipeline import STAGES, CheckpointPipeline, one_stage
 from guard_quantization.checkpoint.random_weights import (
     LLAMA_GUARD_3_1B_CONFIG,
     write_random_checkpoint,
 )
 from guard_quantization.export.hf import RANDOM
 from guard_quantization.recipe import CheckpointRecipe, RecipeError, load_recipe
-from guard_quantization.stages import StaleStage
+from guard_quantization.stages import StaleStage, digest
 from guard_service.engines import open_engine
 from tests.quantization.starter.test_pipeline import toy_row
 from tests.quantization.tiny_llama import saved, tiny_llama
@@ -38,6 +38,10 @@ DOCUMENT: dict[str, Any] = {
     },
     "quantize": {"block": 32, "rows": 8, "rotate": True},
     "export": {"bits": 4, "block": 32, "embedding_bits": 4},
+    "evaluate": {
+        "probe": False, "reference": "source", "steps": True, "least_rows": 5,
+        "limits": {"min": {"auroc": 0.01}},
+    },
 }  # fmt: skip
 
 
@@ -76,19 +80,46 @@ def test_a_checkpoint_becomes_an_artifact_whether_or_not_it_was_interrupted(plac
     for last in STAGES:  # a new process for each stage
         pieces = pipeline(place, read, "pieces").make(last)
     assert open_engine(pieces).card.digest == engine.card.digest
-    run = pipeline(place, read, "once").run
-    assert [run.record(name)["origin"]["stage"] for name in STAGES] == list(STAGES)
-    steps = run.record("prune")["figures"]["steps"]
+    pipe = pipeline(place, read, "once")
+    assert [pipe.run.record(name)["origin"]["stage"] for name in STAGES] == list(STAGES)
+    steps = pipe.run.record("prune")["figures"]["steps"]
     assert [step["step"] for step in steps] == ["source", "depth", "mlp", "head"]
     assert steps[0]["mib"] > steps[1]["mib"] > steps[2]["mib"] > steps[3]["mib"]
-    assert run.record("distill")["figures"]["examples"] == 12
+    assert pipe.run.record("distill")["figures"]["examples"] == 12
+    judged = pipe.run.record("evaluate")["figures"]
+    assert list(judged["accuracy"]) == ["reference", "prune", "distill", "model"]
+    assert judged["rows"] == 32 and 0 <= judged["agreement"] <= 1 and pipe.broken == []
+    text = (pipe.run.folder / "report.html").read_text()
+    for said in ("Pruning", "Distillation", "Quantization", "The artifact", "How well it judges"):
+        assert said in text
+    assert "Against the reference" in text and "Limits that are broken" not in text
+
+
+def test_a_limit_that_no_longer_holds_is_told_without_judging_anew(place: Path) -> None:
+    only = {"prune": None, "distill": None, "quantize": None}
+    pipeline(place, recipe(place, **only), "gate").make()
+    evaluate = {**DOCUMENT["evaluate"], "limits": {"min": {"auroc": 1.0}}}
+    pipe = pipeline(place, recipe(place, **only, evaluate=evaluate), "gate")
+    pipe.make()
+    assert [one.figure for one in pipe.broken] == ["auroc"]
+    assert "Limits that are broken" in pipe.write_page().read_text()
+
+
+def test_a_stage_goes_from_folder_to_folder_and_gives_what_a_run_gives(place: Path) -> None:
+    read = recipe(place, prune=None, distill=None, evaluate=None)
+    made = pipeline(place, read, "whole").make("quantize")
+    data, out = place / "data", place / "alone" / "int4"
+    assert digest(one_stage("quantize", read, place / "llama", out, data)) == digest(made)
+    assert "Quantization" in (out / "report.html").read_text()
+    with pytest.raises(ValueError, match="no stage distill"):
+        one_stage("distill", read, place / "llama", place / "alone" / "taught", data)
 
 
 def test_stages_that_a_recipe_leaves_out_are_skipped(place: Path) -> None:
-    read = recipe(place, prune=None, distill=None, quantize=None)
+    read = recipe(place, prune=None, distill=None, quantize=None, evaluate=None)
     pipe = pipeline(place, read, "export-only")
     open_engine(pipe.make()).self_test()
-    assert [path.name for path in pipe.run.folder.iterdir()] == ["export"]
+    assert {path.name for path in pipe.run.folder.iterdir()} == {"export", "report.html"}
 
 
 def test_another_plan_never_takes_an_old_result(place: Path) -> None:
@@ -104,7 +135,7 @@ def test_random_weights_never_pass_for_a_guard(place: Path, tmp_path: Path) -> N
         **json.loads((place / "llama" / "config.json").read_text()),
     }
     write_random_checkpoint(tmp_path / "llama", config, place / "llama" / "tokenizer.model", 0)
-    read = recipe(tmp_path, prune=None, distill=None, quantize=None)
+    read = recipe(tmp_path, prune=None, distill=None, quantize=None, evaluate=None)
     pipe = CheckpointPipeline(
         read, tmp_path / "llama", place / "data", tmp_path / "runs", None, lambda line: None
     )
@@ -128,6 +159,10 @@ def test_the_recipes_for_llama_guard_load_and_make_the_published_shape(name: str
         ({"quantize": {"bits": "four"}}, r"quantize\.bits"),
         ({"calibration": {"toy": 3}}, "recipe"),
         ({"template": 7}, r"recipe\.template"),
+        ({"evaluate": {"limits": {"min": {"auroq": 0.9}}}}, "evaluate.limits: .*'auroq'"),
+        ({"evaluate": {"limits": {"agreement": 0.9}}}, "name evaluate.reference"),
+        ({"evaluate": {"threshold": 2.0}}, "evaluate.threshold is 2.0"),
+        ({"evaluate": {"rows": {"toy": [1]}}}, "recipe"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from guard_quantization.data import Row
-from guard_quantization.evaluation.compare import (
-    compare,
-    compare_artifacts,
-    compare_score_files,
-    differences,
-)
+from guard_quantization.evaluation.compare import compare, differences
 from guard_service.evaluation.figures import Judged, figures
-from guard_service.evaluation.rows import DataError
 from tests.service.labelled import noisy, row, scores
 
 
@@ -80,28 +72,3 @@ def test_rows_that_one_guard_did_not_judge_are_left_out_and_told() -> None:
     found = compare(rows, replace(said, failures={0: "X", 1: "X"}), other)
     assert found["judged_by_both"] == 37
     assert found["unjudged"] == {"reference": 2, "other": 1}
-
-
-def test_score_files_must_be_of_the_rows(tmp_path: Path) -> None:
-    rows = [row(n, n == 0) for n in range(2)]
-
-    def write(name: str, *ids: str) -> Path:
-        common = {"action": "allow", "unsafe_score": 0.25, "scores": {}, "error": None}
-        path = tmp_path / name
-        path.write_text("".join(json.dumps({"id": one, **common}) + "\n" for one in ids))
-        return path
-
-    same = write("same", "r0", "r1")
-    assert compare_score_files(same, same, rows)["judged_by_both"] == 2
-    with pytest.raises(DataError, match="other:2: belongs to other rows"):
-        compare_score_files(same, write("other", "r0", "r9"), rows)
-
-
-def test_artifacts_are_named_with_their_digests() -> None:
-    rows = [
-        Row(str(n), (("user", f"text {n}"),), n == 0, (), "en", "s", "f", "dev") for n in (0, 1)
-    ]
-    found = compare_artifacts("fake", "fake", rows)
-    assert found["reference"] == found["other"]
-    assert found["reference"]["digest"].startswith("sha256:")
-    assert found["verdicts"]["agreement"] == 1.0

@@ -5,6 +5,13 @@ from __future__ import annotations
 from guard_middleware.formats.contract import Format
 from guard_middleware.formats.ollama import OllamaChat, OllamaGenerate
 from guard_middleware.formats.openai_chat import OpenAIChat
+from guard_middleware.formats.openai_responses import OpenAIResponses
 from guard_middleware.formats.openai_text import OpenAIText
 
-FORMATS: tuple[Format, ...] = (OpenAIChat(), OpenAIText(), OllamaChat(), OllamaGenerate())
+FORMATS: tuple[Format, ...] = (
+    OpenAIChat(),
+    OpenAIResponses(),
+    OpenAIText(),
+    OllamaChat(),
+    OllamaGenerate(),
+)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from tests.middleware.formats.ollama_speech import OllamaChatSpeech, OllamaGenerateSpeech
 from tests.middleware.formats.openai_chat_speech import OpenAIChatSpeech
+from tests.middleware.formats.openai_responses_speech import OpenAIResponsesSpeech
 from tests.middleware.formats.openai_text_speech import OpenAITextSpeech
 from tests.middleware.formats.speech import Speech
 
 SPEECHES: tuple[Speech, ...] = (
     OpenAIChatSpeech(),
+    OpenAIResponsesSpeech(),
     OpenAITextSpeech(),
     OllamaChatSpeech(),
     OllamaGenerateSpeech(),

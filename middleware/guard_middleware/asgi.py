@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from guard_middleware.context import Context
@@ -53,10 +54,14 @@ class GuardMiddleware:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        found = self._routes.find(scope["method"], _path(scope))
+        where = (str(scope["path"]), str(scope.get("root_path", "")))
+        if scope["type"] == "http":
+            found = self._routes.find(scope["method"], *where)
+        else:
+            found = self._routes.find_socket(*where)
         if isinstance(found, Rule):
             if found is Rule.REFUSE:
                 await self._refuse(scope, receive, send)
@@ -84,14 +89,14 @@ class GuardMiddleware:
         LOG.warning("a request on a guarded path that no format knows")
         if self._shadows is not None:
             await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
-            await answer(send, REFUSED)
+            await answer(send, replace(REFUSED, body=b"") if scope["method"] == "HEAD" else REFUSED)
 
 
-def _path(scope: Scope) -> str:
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    return path[len(root) :] if root and path.startswith(f"{root}/") else path
-
+POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1; before a socket is accepted it is an HTTP 403
 
 REFUSED = FORMATS[0].error(
     403, "not_screened", "Requests to this path cannot be screened and are not let through."

@@ -39,26 +39,45 @@ class Routes:
     passes: tuple[str, ...]
     unknown: Rule
 
-    def find(self, method: str, path: str) -> Format | Rule:
+    def find(self, method: str, path: str, root: str = "") -> Format | Rule:
         """The format that reads the request, or the rule for it.
 
         Paths are compared as a lenient server might read them: a request must not get round the
-        guard by a path that only the guard takes for another.
+        guard by a path that only the guard takes for another. Of a path below `root` the
+        application reads what is behind it.
         """
+        path, method = _below(path, root), method.upper()
         plain = normal(path)
-        if method == "POST":
-            for one in self.formats:
-                if any(_matches(plain, pattern) for pattern in one.paths):
-                    return one
-        if _ODD.search(path) and self._names_guarded(path):
-            return self.unknown
-        if method == "OPTIONS" or not self._guarded(plain):
+        owner = self._owner(plain)
+        if method == "POST" and owner is not None:
+            return owner
+        if method == "OPTIONS":
             return Rule.UNTOUCHED
+        rule = self._rule(path, plain, owned=owner is not None)
         if method in _SAFE_METHODS and any(_matches(plain, one) for one in PASSES):
-            return Rule.UNTOUCHED
+            return Rule.UNTOUCHED if not self._odd(path) else rule
+        return rule
+
+    def find_socket(self, path: str, root: str = "") -> Rule:
+        """The rule for a web socket: no format reads any."""
+        path = _below(path, root)
+        plain = normal(path)
+        return self._rule(path, plain, owned=self._owner(plain) is not None)
+
+    def _owner(self, plain: str) -> Format | None:
+        return next(
+            (one for one in self.formats if any(_matches(plain, path) for path in one.paths)), None
+        )
+
+    def _rule(self, path: str, plain: str, owned: bool) -> Rule:
+        if self._odd(path):
+            return self.unknown
         if any(_matches(plain, one) for one in self.passes):
             return Rule.UNTOUCHED
-        return self.unknown
+        return self.unknown if owned or self._guarded(plain) else Rule.UNTOUCHED
+
+    def _odd(self, path: str) -> bool:
+        return _ODD.search(path) is not None and self._names_guarded(path)
 
     def _guarded(self, plain: str) -> bool:
         return any(
@@ -69,6 +88,11 @@ class Routes:
         """Whether an odd path leads to a guarded one in anybody's reading."""
         segments = _SEPARATORS.sub("/", f"/{_unescaped(path)}/")
         return any(one == "/" or f"{one}/" in segments for one in self.guarded)
+
+
+def _below(path: str, root: str) -> str:
+    root = root.rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def normal(path: str) -> str:

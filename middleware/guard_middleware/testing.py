@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
+from itertools import takewhile
 
 from guard_api.v1 import guard_pb2
 from guard_middleware.calls import Piece
@@ -29,8 +30,9 @@ def forbids(*words: str) -> Judge:
 
 
 class FakeGuard:
-    """Judges the text of the last turn with `judge`, and remembers: conversations that were
-    `asked` about, texts of streams that came to their end, texts that were `allowed`.
+    """Judges the text of the last turn with `judge`, messages of one role in a row being one turn,
+    and remembers: conversations that were `asked` about, texts of streams that came to their end,
+    texts that were `allowed`.
 
     A stream is judged at every piece whose sender wants a verdict, every `every_chars`, and at its
     end. `gate`, when given, is awaited before each verdict.
@@ -83,8 +85,10 @@ class FakeGuard:
 
     async def _outcome(self, conversation: Conversation) -> Outcome:
         self.asked.append(conversation)
-        last = conversation.messages[-1]
-        text = "\n".join(map(text_of, last.parts))
+        role = conversation.messages[-1].role
+        run = takewhile(lambda message: message.role == role, reversed(conversation.messages))
+        parts = (part for message in reversed(list(run)) for part in message.parts)
+        text = "\n".join(map(text_of, parts))
         return await self._verdict(text, direction_of(conversation))
 
     async def _verdict(self, text: str, direction: Direction) -> Verdict:

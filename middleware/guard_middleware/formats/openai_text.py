@@ -25,6 +25,7 @@ _MEDIA = fields.names("images image_data multi_modal_data multimodal_data")
 _KNOWN = openai.CONTROLS | openai.UNJUDGEABLE | _READ | _MEDIA
 _MOST_EACH = 128
 _MOST_CHOICES = 1024  # of all prompts together
+_MOST_REPEATED = 2**22  # code points that are judged again with every prompt, all told
 
 _REPLY_KEYS = openai.REPLY_KEYS
 _CHOICE_KEYS = fields.names(
@@ -57,6 +58,9 @@ class OpenAIText:
         choices = max(1, fields.count(asked.get("n"), "n", 1, _MOST_EACH))
         if choices * len(prompts) > _MOST_CHOICES:
             raise Unreadable(f"asks for more than {_MOST_CHOICES} choices")
+        repeated = len(suffix) + sum(len(turn.content["content"]) for turn in extra)
+        if (len(prompts) - 1) * repeated > _MOST_REPEATED:
+            raise Unreadable("says too much that belongs to each of its prompts")
         return Asked(
             prompts=prompts,
             streams=fields.flag(asked.get("stream"), "stream"),

@@ -307,7 +307,7 @@ def events_of(chunks: list[bytes]) -> list[Event]:
 
 
 @given(st.text(max_size=40), st.lists(st.integers(0, 2000), max_size=20))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_events_are_the_same_whatever_the_cuts(text: str, cuts: list[int]) -> None:
     whole = ndjson(*chat_lines(text, 3))
     places = [0, *sorted(cut % (len(whole) + 1) for cut in cuts), len(whole)]

@@ -19,6 +19,7 @@ from guard_middleware.errors import GuardError
 from guard_middleware.fallback import LEARN_TIMEOUT_S, Fallback
 from guard_middleware.retry import Attempts
 from guard_middleware.service_info import PolicyList, ServiceInfo, read_info, read_policies
+from guard_middleware.stream_watch import Watch
 from guard_middleware.terms import Terms
 from guard_middleware.turns import Turns, direction_of
 from guard_middleware.verdict import Outcome, StreamOutcome
@@ -41,6 +42,7 @@ class AsyncGuardClient:
     ) -> None:
         self._terms = terms or Terms()
         self._fallback = Fallback(self._terms.on_unavailable)
+        self._breaker = self._terms.breaker()
         self._sleep = sleep
         self._channel = open_aio_channel(target, self._terms.tls)
         self._stub: guard_pb2_grpc.GuardServiceAsyncStub
@@ -110,20 +112,30 @@ class AsyncGuardClient:
         start = calls.start_step(turns, policy, language)
         await self._learn()
         limit = self._terms.stream_timeout_s if timeout_s is None else timeout_s
-        call = self._stub.ClassifyStream(timeout=limit, metadata=tuple(self._terms.metadata))
-        sender = asyncio.create_task(_send(call, start, pieces), name="guard-stream-sender")
         reader = calls.StreamReader()
         try:
-            async for reply in call:
+            self._breaker.enter()
+        except GuardError as shut:
+            yield reader.failed(shut, policy, self._fallback)
+            return
+        call = self._stub.ClassifyStream(timeout=limit, metadata=tuple(self._terms.metadata))
+        watch = Watch(self._terms.timeout_s)
+        sender = asyncio.create_task(_send(call, start, pieces, watch), name="guard-stream-sender")
+        try:
+            while (reply := await watch.read(call)) is not None:
+                self._breaker.settle(None)
                 yield reader.read(reply)
             reader.finish()
         except grpc.aio.AioRpcError as failed:
-            yield reader.failed(errors.from_rpc(failed), policy, self._fallback)
+            broken_off = errors.from_rpc(failed)
+            self._breaker.settle(broken_off)
+            yield reader.failed(broken_off, policy, self._fallback)
         except asyncio.CancelledError:
             if sender.done() and not sender.cancelled() and (broken := sender.exception()):
                 raise broken from None
             raise
         except GuardError as error:
+            self._breaker.settle(error)
             yield reader.failed(error, policy, self._fallback)
         finally:
             call.cancel()
@@ -159,26 +171,34 @@ class AsyncGuardClient:
         return await self._tried(method, request, self._terms.attempts(timeout_s))
 
     async def _tried(self, method: Callable[..., Any], request: Any, attempts: Attempts) -> Any:
+        self._breaker.enter()
         while True:
             try:
-                return await method(
+                reply = await method(
                     request, timeout=attempts.left_s(), metadata=tuple(self._terms.metadata)
                 )
+                self._breaker.settle(None)
+                return reply
             except grpc.aio.AioRpcError as failed:
                 error = errors.from_rpc(failed)
             pause = attempts.pause_after(error)
             if pause is None:
+                self._breaker.settle(error)
                 raise error
             await self._sleep(pause)
 
 
-async def _send(call: Any, start: Any, pieces: AsyncIterable[Piece | str]) -> None:
+async def _send(call: Any, start: Any, pieces: AsyncIterable[Piece | str], watch: Watch) -> None:
     """Write the steps of a stream; when `pieces` fails, cancel the call and fail with its error."""
     try:
         await call.write(start)
         async for piece in pieces:
-            await call.write(calls.piece_step(piece))
-        await call.write(calls.end_step())
+            step = calls.piece_step(piece)
+            watch.sends(step.piece)
+            await call.write(step)
+        end = calls.end_step()
+        watch.sends(end.piece)
+        await call.write(end)
         await call.done_writing()
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
         return  # the call is over; its reader tells why

@@ -44,6 +44,7 @@ class GuardClient:
     ) -> None:
         self._terms = terms or Terms()
         self._fallback = Fallback(self._terms.on_unavailable)
+        self._breaker = self._terms.breaker()
         self._sleep = sleep
         self._channel = open_channel(target, self._terms.tls)
         self._stub = guard_pb2_grpc.GuardServiceStub(self._channel)
@@ -149,15 +150,19 @@ class GuardClient:
         return self._tried(method, request, self._terms.attempts(timeout_s))
 
     def _tried(self, method: Callable[..., Any], request: Any, attempts: Attempts) -> Any:
+        self._breaker.enter()
         while True:
             try:
-                return method(
+                reply = method(
                     request, timeout=attempts.left_s(), metadata=tuple(self._terms.metadata)
                 )
+                self._breaker.settle(None)
+                return reply
             except grpc.RpcError as failed:
                 error = errors.from_rpc(cast(errors.RpcStatus, failed))
             pause = attempts.pause_after(error)
             if pause is None:
+                self._breaker.settle(error)
                 raise error
             self._sleep(pause)
 
@@ -174,17 +179,24 @@ class GuardClient:
             yield calls.end_step()
 
         reader = calls.StreamReader()
+        try:
+            self._breaker.enter()
+        except GuardError as shut:
+            yield reader.failed(shut, policy, self._fallback)
+            return
         limit = self._terms.stream_timeout_s if timeout_s is None else timeout_s
         call = self._stub.ClassifyStream(
             steps(), timeout=limit, metadata=tuple(self._terms.metadata)
         )
         try:
             for reply in call:
+                self._breaker.settle(None)
                 yield reader.read(reply)
             reader.finish()
         except grpc.RpcError as failed:
-            error = errors.from_rpc(cast(errors.RpcStatus, failed))
-            yield reader.failed(error, policy, self._fallback)
+            broken_off = errors.from_rpc(cast(errors.RpcStatus, failed))
+            self._breaker.settle(broken_off)
+            yield reader.failed(broken_off, policy, self._fallback)
         except GuardError as error:
             yield reader.failed(error, policy, self._fallback)
         finally:

@@ -12,6 +12,7 @@ from typing import Protocol
 import grpc
 
 from guard_api.v1 import guard_pb2
+from guard_middleware.breaker import Breaking
 from guard_middleware.calls import Item, Piece
 from guard_middleware.client import AsyncGuardClient
 from guard_middleware.errors import EngineFailed, GuardError
@@ -57,11 +58,7 @@ class RemoteGuard:
 
     def __init__(self, settings: Settings, terms: Terms | None = None) -> None:
         self._settings = settings
-        self._terms = terms or Terms(
-            timeout_s=settings.guard_timeout_s,
-            stream_timeout_s=settings.guard_stream_timeout_s,
-            on_unavailable="policy",
-        )
+        self._terms = terms or _terms(settings)
         self._made: AsyncGuardClient | None = None
 
     async def judge(self, conversations: Sequence[Conversation]) -> Sequence[Outcome]:
@@ -156,6 +153,15 @@ class LocalGuard(RemoteGuard):
                     raise EngineFailed("the guard in this process did not start") from error
                 self._served, self._made = served, AsyncGuardClient(target, self._terms)
         return self._made
+
+
+def _terms(settings: Settings) -> Terms:
+    return Terms(
+        timeout_s=settings.guard_timeout_s,
+        stream_timeout_s=settings.guard_stream_timeout_s,
+        breaking=Breaking(settings.guard_failures, settings.guard_open_s),
+        on_unavailable="policy",
+    )
 
 
 def open_guard(settings: Settings) -> Guard:

@@ -36,6 +36,10 @@ class Settings:
     policy: str = _knob("", "name of the guard's policy; empty is the guard's default")
     language: str = _knob("", "BCP 47 tag of what is said; chooses thresholds where a policy does")
     guard_timeout_s: float = _knob(10.0, "for one verdict, retries included", 0.001, 3600)
+    guard_failures: int = _knob(
+        5, "after so many calls in a row that got no answer the guard is left alone; 0: never"
+    )
+    guard_open_s: float = _knob(2.0, "for so long; then one call tries", 0.001, 3600)
     guard_stream_timeout_s: float = _knob(3600.0, "for the verdicts on one whole stream", 0.001)
 
     mode: str = _choice("enforce", "shadow judges and reports, and changes nothing", "shadow")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from guard_middleware.breaker import Breaker, Breaking
 from guard_middleware.channel import TLS
 from guard_middleware.fallback import OnUnavailable
 from guard_middleware.retry import Attempts, Retries
@@ -14,11 +15,16 @@ from guard_middleware.retry import Attempts, Retries
 
 @dataclass(frozen=True)
 class Terms:
-    """How a client calls: times in seconds; clock and draw can be replaced in tests."""
+    """How a client calls: times in seconds; clock and draw can be replaced in tests.
+
+    `timeout_s` is for one verdict, of a stream too (AsyncGuardClient only); `stream_timeout_s` for
+    a whole stream.
+    """
 
     timeout_s: float = 10.0
     stream_timeout_s: float = 600.0
     retries: Retries = Retries()
+    breaking: Breaking = Breaking()
     on_unavailable: OnUnavailable = "raise"
     tls: TLS | None = None
     metadata: Sequence[tuple[str, str]] = ()
@@ -29,3 +35,7 @@ class Terms:
         """The tries of one call under the given deadline or the usual one."""
         usual = self.timeout_s if timeout_s is None else timeout_s
         return Attempts(self.retries, usual, self.clock, self.draw)
+
+    def breaker(self) -> Breaker:
+        """The breaker of one client."""
+        return Breaker(self.breaking, self.clock)

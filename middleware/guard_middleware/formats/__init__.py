@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from guard_middleware.formats.bedrock import Bedrock
 from guard_middleware.formats.contract import Format
+from guard_middleware.formats.llama_stack import LLAMA_STACK
 from guard_middleware.formats.ollama import OllamaChat, OllamaGenerate
 from guard_middleware.formats.openai_chat import OpenAIChat
 from guard_middleware.formats.openai_responses import OpenAIResponses
@@ -14,4 +16,6 @@ FORMATS: tuple[Format, ...] = (
     OpenAIText(),
     OllamaChat(),
     OllamaGenerate(),
+    Bedrock(),
+    *LLAMA_STACK,
 )

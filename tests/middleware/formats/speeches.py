@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from tests.middleware.formats.bedrock_speech import BedrockSpeech
+from tests.middleware.formats.llama_stack_speech import (
+    LlamaStackChatSpeech,
+    LlamaStackCompletionSpeech,
+)
 from tests.middleware.formats.ollama_speech import OllamaChatSpeech, OllamaGenerateSpeech
 from tests.middleware.formats.openai_chat_speech import OpenAIChatSpeech
 from tests.middleware.formats.openai_responses_speech import OpenAIResponsesSpeech
@@ -14,4 +19,7 @@ SPEECHES: tuple[Speech, ...] = (
     OpenAITextSpeech(),
     OllamaChatSpeech(),
     OllamaGenerateSpeech(),
+    BedrockSpeech(),
+    LlamaStackChatSpeech(),
+    LlamaStackCompletionSpeech(),
 )

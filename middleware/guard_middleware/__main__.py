@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--admin", help="where /livez, /readyz, /metrics listen (127.0.0.1:9091)")
     place.add_argument("--drain-s", type=float, help="time to finish at the end, in seconds (25)")
     place.add_argument("--connections", type=int, help="at most so many at once (4096)")
+    place.add_argument("--connect-timeout-s", type=float, help="to the upstream, in seconds (5)")
+    place.add_argument("--read-timeout-s", type=float, help="of its silence, in seconds (600)")
     place.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     knobs = parser.add_argument_group("settings")
     for name, knob in FIELDS.items():

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import AbstractContextManager, aclosing
+from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -14,6 +15,7 @@ import grpc
 from guard_api.v1 import guard_pb2
 from guard_middleware.breaker import Breaking
 from guard_middleware.calls import Item, Piece
+from guard_middleware.channel import TLS
 from guard_middleware.client import AsyncGuardClient
 from guard_middleware.errors import EngineFailed, GuardError
 from guard_middleware.settings import Settings
@@ -131,28 +133,35 @@ class LocalGuard(RemoteGuard):
     def __init__(self, settings: Settings, terms: Terms | None = None) -> None:
         super().__init__(settings, terms)
         self._served: AbstractContextManager[str] | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
         """Stop it."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            await asyncio.gather(opening, return_exceptions=True)
         await super().close()
         served, self._served = self._served, None
         if served is not None:
             await asyncio.to_thread(served.__exit__, None, None, None)
 
     async def _client(self) -> AsyncGuardClient:
-        async with self._opening:
-            if self._made is None:
-                from guard_middleware import in_process  # heavy: only where it is asked for
-
-                served = in_process.served(self._settings.model)
-                try:
-                    target = await asyncio.to_thread(served.__enter__)
-                except Exception as error:
-                    LOG.exception("the guard in this process did not start")
-                    raise EngineFailed("the guard in this process did not start") from error
-                self._served, self._made = served, AsyncGuardClient(target, self._terms)
+        while self._made is None:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(self._open(), name="guard-opening")
+            await asyncio.shield(self._opening)  # a caller that leaves does not stop it
         return self._made
+
+    async def _open(self) -> None:
+        from guard_middleware import in_process  # heavy: only where it is asked for
+
+        served = in_process.served(self._settings.model)
+        try:
+            target = await asyncio.to_thread(served.__enter__)
+        except Exception as error:
+            LOG.exception("the guard in this process did not start")
+            raise EngineFailed("the guard in this process did not start") from error
+        self._served, self._made = served, AsyncGuardClient(target, self._terms)
 
 
 def _terms(settings: Settings) -> Terms:
@@ -161,7 +170,22 @@ def _terms(settings: Settings) -> Terms:
         stream_timeout_s=settings.guard_stream_timeout_s,
         breaking=Breaking(settings.guard_failures, settings.guard_open_s),
         on_unavailable="policy",
+        tls=_tls(settings),
     )
+
+
+def _tls(settings: Settings) -> TLS | None:
+    if settings.guard_tls == "off":
+        return None
+    roots, certificate, key = (
+        Path(path) if path else None
+        for path in (
+            settings.guard_tls_roots,
+            settings.guard_tls_certificate,
+            settings.guard_tls_key,
+        )
+    )
+    return TLS(roots, certificate, key, settings.guard_tls_name)
 
 
 def open_guard(settings: Settings) -> Guard:

@@ -12,7 +12,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from guard_middleware.bodies import header
-from guard_middleware.messages import Header, Message, Receive, Scope, Send
+from guard_middleware.formats.contract import Answer
+from guard_middleware.messages import Header, Message, Receive, Scope, Send, answer
+from guard_middleware.strict_json import dump
 
 # RFC 9110, 7.6.1: these are between two neighbours, and so is what `Connection` names.
 HOP_BY_HOP = frozenset(
@@ -21,7 +23,7 @@ HOP_BY_HOP = frozenset(
         *(b"transfer-encoding", b"proxy-authenticate", b"proxy-authorization"),
     }
 )
-_NOT_SENT = frozenset({b"host", b"content-length", b"expect"})
+_NOT_SENT = frozenset({b"host", b"content-length", b"expect", b"forwarded", b"x-real-ip"})
 CHUNK_BYTES = 64 * 1024
 
 
@@ -39,6 +41,7 @@ class Proxy:
     def __init__(
         self, upstream: str, connect_timeout_s: float = 5.0, read_timeout_s: float = 600.0
     ) -> None:
+        """Raises ValueError for an upstream that is none."""
         self._socket = upstream.removeprefix("unix:") if upstream.startswith("unix:") else None
         base = urlsplit("http://localhost" if self._socket else upstream)
         if base.scheme not in ("http", "https") or not base.netloc or base.query or base.username:
@@ -51,6 +54,9 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI, for http only."""
+        if wrong := _wrong(scope):
+            await _error(send, 400, wrong)
+            return
         request = {
             "method": scope["method"],
             "url": URL(self._base + _target(scope), encoded=True),
@@ -60,7 +66,7 @@ class Proxy:
         try:
             reply = await self._session().request(**request, allow_redirects=False)
         except (aiohttp.ClientError, TimeoutError, OSError):
-            await _unreachable(send)
+            await _error(send, 502, "The backend cannot be reached.")
             return
         async with reply:
             await _forward(reply, send)
@@ -114,20 +120,30 @@ async def _forward(reply: aiohttp.ClientResponse, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _unreachable(send: Send) -> None:
-    body = b'{"error":{"message":"The backend cannot be reached.","type":"server_error"}}'
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 502, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+async def _error(send: Send, status: int, message: str) -> None:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = dump({"error": {"message": message, "type": kind}})
+    await answer(send, Answer(status, "application/json", body))
+
+
+def _wrong(scope: Scope) -> str:
+    """What a proxy must not hand on: another host's address, two lengths for one body."""
+    if not _raw_path(scope).startswith(b"/"):
+        return "The request's target is not a path."
+    framings = (b"content-length", b"transfer-encoding")
+    if all(header(scope["headers"], name) for name in framings):
+        return "The request has both a length and a transfer coding."
+    return ""
+
+
+def _raw_path(scope: Scope) -> bytes:
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    return raw.partition(b"?")[0]
 
 
 def _target(scope: Scope) -> str:
-    raw: bytes = scope.get("raw_path") or scope["path"].encode()
     query: bytes = scope.get("query_string", b"")
-    path = raw.partition(b"?")[0].decode("latin-1")
+    path = _raw_path(scope).decode("latin-1")
     return f"{path}?{query.decode('latin-1')}" if query else path
 
 

@@ -129,4 +129,4 @@ def routes(
 ) -> Routes:
     """The rules that settings ask for."""
     rule = Rule.REFUSE if unknown == "refuse" else Rule.UNTOUCHED
-    return Routes(tuple(formats), guarded, passes, rule)
+    return Routes(tuple(formats), tuple(map(normal, guarded)), tuple(map(normal, passes)), rule)

@@ -32,6 +32,11 @@ class Settings:
     """Everything that can be set. `Settings()` enforces with the starter guard, in process."""
 
     guard: str = _knob("", "host:port or unix:/path of a guard; empty: one in this process")
+    guard_tls: str = _choice("off", "whether the channel to the guard is encrypted", "on")
+    guard_tls_roots: str = _knob("", "PEM file of roots to trust; empty: the system's")
+    guard_tls_certificate: str = _knob("", "PEM file of our certificate, for guards that ask")
+    guard_tls_key: str = _knob("", "PEM file of its key")
+    guard_tls_name: str = _knob("", "name in the guard's certificate where it is another")
     model: str = _knob("starter", "model of the guard in this process: a name or a folder")
     policy: str = _knob("", "name of the guard's policy; empty is the guard's default")
     language: str = _knob("", "BCP 47 tag of what is said; chooses thresholds where a policy does")
@@ -142,9 +147,28 @@ def _problems(settings: Settings) -> typing.Iterator[str]:
     for name, knob in FIELDS.items():
         value = getattr(settings, name)
         choices = knob.metadata.get("choices")
-        if choices and value not in choices:
+        if not _is(value, _TYPES[name]):
+            yield f"{name}: must be {_NAMES.get(_TYPES[name], 'a list of texts')}"
+        elif choices and value not in choices:
             yield f"{name}: {value!r} is none of {', '.join(choices)}"
         elif _TYPES[name] in (int, float):
             low, high = knob.metadata["low"], knob.metadata["high"]
             if not low <= value <= high:
                 yield f"{name}: {value} is not between {low} and {high}"
+    for name in ("guarded", "passes"):
+        paths = getattr(settings, name)
+        if isinstance(paths, tuple) and not all(str(path).startswith("/") for path in paths):
+            yield f"{name}: paths begin with /"
+    if bool(settings.guard_tls_certificate) != bool(settings.guard_tls_key):
+        yield "guard_tls_certificate, guard_tls_key: one needs the other"
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def _is(value: object, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind in (int, str):
+        return type(value) is kind
+    return isinstance(value, tuple) and all(isinstance(one, str) for one in value)

@@ -31,6 +31,8 @@ class Places:
     admin: str = "127.0.0.1:9091"
     drain_s: float = 25.0
     connections: int = 4096
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 600.0
 
 
 class Sidecar:
@@ -38,7 +40,7 @@ class Sidecar:
 
     def __init__(self, places: Places, settings: Settings) -> None:
         """Raises ValueError for places that are none."""
-        self._proxy = Proxy(places.upstream)
+        self._proxy = Proxy(places.upstream, places.connect_timeout_s, places.read_timeout_s)
         self.middleware = GuardMiddleware(self._proxied, settings=settings)
         self.server = uvicorn.Server(
             uvicorn.Config(

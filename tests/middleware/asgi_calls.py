@@ -165,14 +165,15 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def listening(app: App) -> AsyncIterator[str]:
+async def listening(app: App, lifespan: str = "on") -> AsyncIterator[str]:
     """Serve an application on a free port; yields http://host:port."""
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
-        lifespan="on",
+        lifespan=lifespan,  # type: ignore[arg-type]
         log_config=None,
+        proxy_headers=False,
         ws="none",
         timeout_graceful_shutdown=2,
     )

@@ -1,0 +1,90 @@
+"""Settings from keywords, flags and the environment; servers that construct without arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import pytest
+from starlette.applications import Starlette
+
+import guard_middleware
+from guard_middleware import GuardMiddleware
+from guard_middleware.guards import LocalGuard, RemoteGuard
+from guard_middleware.settings import FIELDS, Settings, SettingsError, from_environment, from_flags
+
+NOTHING: Mapping[str, str] = {}
+
+
+def test_environment_says_every_setting_and_keywords_go_first() -> None:
+    environment = {
+        "GUARDED_GUARD": "guard:50051",
+        "GUARDED_GUARDED": "/v1, /own",
+        "GUARDED_MAX_BODY_BYTES": "1000",
+        "GUARDED_GUARD_TIMEOUT_S": "2.5",
+        "GUARDED_MODE": "shadow",
+        "OTHER": "x",
+    }
+    got = from_environment(environment, mode="enforce")
+    assert got == Settings(
+        guard="guard:50051", guarded=("/v1", "/own"), max_body_bytes=1000, guard_timeout_s=2.5
+    )
+    assert from_flags({"policy": "strict"}, environment).policy == "strict"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"GUARDED_MODE": "off"}, "mode: 'off' is none of enforce, shadow"),
+        ({"GUARDED_MAX_BODY_BYTES": "many"}, "max_body_bytes: is not a number"),
+        ({"GUARDED_MAX_BODY_BYTES": "0"}, "max_body_bytes: 0 is not between 1"),
+        ({"GUARDED_GUARD_TIMEOUT_S": "nan"}, "guard_timeout_s: nan is not between"),
+        ({"GUARDED_UNKWNON": "pass"}, "unkwnon: there is no such setting"),
+        ({"GUARDED_GUARDED": "v1"}, "guarded: paths begin with /"),
+        ({"GUARDED_GUARD_TLS_KEY": "a"}, "one needs the other"),
+    ],
+)
+def test_mistakes_name_the_setting(environment: Mapping[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        from_environment(environment)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"max_body_bytes": "5"}, {"max_messages": True}, {"guarded": "/v1"}, {"policy": None}],
+)
+def test_keywords_of_another_type_are_mistakes(given: Mapping[str, object]) -> None:
+    with pytest.raises(SettingsError, match="must be"):
+        from_environment(NOTHING, **given)
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(SettingsError) as raised:
+        Settings(mode="off", max_messages=0, refuse_with="silence")
+    assert len(str(raised.value).splitlines()) == 3
+
+
+def test_every_setting_says_why() -> None:
+    assert all(field.metadata["why"] for field in FIELDS.values())
+    assert {field.name for field in dataclasses.fields(Settings)} == set(FIELDS)
+
+
+async def nothing(scope: object, receive: object, send: object) -> None: ...
+
+
+def test_a_server_that_constructs_it_without_arguments_gets_the_environments_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `vllm serve --middleware guard_middleware.GuardMiddleware` does."""
+    monkeypatch.setenv("GUARDED_GUARD", "unix:/run/guard.sock")
+    monkeypatch.setenv("GUARDED_POLICY", "strict")
+    app = Starlette()
+    app.add_middleware(getattr(guard_middleware, "GuardMiddleware"))  # noqa: B009
+    made = app.build_middleware_stack().app  # type: ignore[attr-defined]
+    assert isinstance(made, GuardMiddleware) and isinstance(made.guard, RemoteGuard)
+    assert made.settings.policy == "strict" and not isinstance(made.guard, LocalGuard)
+
+
+def test_without_any_setting_there_is_a_guard_in_this_process() -> None:
+    made = GuardMiddleware(nothing, settings=Settings())
+    assert isinstance(made.guard, LocalGuard) and made.settings.mode == "enforce"

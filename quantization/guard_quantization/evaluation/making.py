@@ -56,7 +56,7 @@ def evaluated(folder: Path) -> Iterator[str]:
 
 def _made(records: Mapping[str, Record]) -> Iterator[str]:
     made = {name: one for name, one in records.items() if "figures" in one}
-    yield "<h2>How it was made</h2>"
+    yield "<h2>Stages</h2>"
     yield table(
         ("stage", "seconds", "peak MiB"),
         ((name, whole(one["seconds"]), whole(one["peak_mib"])) for name, one in made.items()),
@@ -93,7 +93,7 @@ def _pruned(found: Record) -> Iterator[str]:
             (
                 title(step["step"]),
                 whole(step["parameters"]),
-                whole(step["mib"]),
+                number(step["mib"], ",.1f"),
                 *(number(step[name], ".4f") for name in _AGREEMENT),
             )
             for step in found["steps"]

@@ -174,7 +174,7 @@ def sizes(steps: Mapping[str, float]) -> str:
     def draw(axes: Axes) -> None:
         at = np.arange(len(steps))
         drawn = axes.barh(at, np.array(list(steps.values()), float), color=BLUE, alpha=0.75)
-        axes.bar_label(drawn, fmt="%.0f", padding=3)
+        axes.bar_label(drawn, fmt="{:,.4g}", padding=3)
         axes.set_yticks(at, [label(name) for name in steps])
         axes.set_xlabel("MiB")
         axes.margins(x=0.12)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_rows_of_the_plan_are_chosen_the_same_way_every_time() -> None:
 
 def test_stage_writes_reports_a_comparison_and_a_policy(tmp_path: Path) -> None:
     chosen = choose_rows([*data(), *data(split="test")], replace(PLAN, split="test"))
-    judges = {REFERENCE: FakeEngine, MODEL: partial(FakeEngine, categories=("S1",))}
+    judges: dict[str, Any] = {REFERENCE: FakeEngine, MODEL: partial(FakeEngine, categories=("S1",))}
     told = evaluate_model(tmp_path, replace(PLAN, split="test"), chosen, judges)
     json.dumps(told, allow_nan=False)
     assert told["rows"] == 40 and told["agreement"] == 1.0

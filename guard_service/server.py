@@ -226,8 +226,8 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
         # Of one connection. What is over it clients hold back, or, where they do not know it yet,
         # gRPC refuses; neither tells them at once and with a reason that there is no room.
         ("grpc.max_concurrent_streams", max(PENDING_CALLS, 4 * settings.max_calls)),
-        # Calls that have arrived and that Python has not looked at yet. Past these bounds, of 1,000,
-        # 3,000 and 30 s by default, gRPC cancels calls, and their callers do not learn why.
+        # Calls that have arrived and that Python has not looked at yet. Past these bounds (1,000,
+        # 3,000 and 30 s by default) gRPC cancels calls, and their callers do not learn why.
         ("grpc.server.max_pending_requests", PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),
         ("grpc.server_max_unrequested_time_in_server", math.ceil(settings.max_deadline_s)),

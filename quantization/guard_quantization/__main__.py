@@ -6,6 +6,7 @@ import typer
 
 from guard_quantization.commands.checkpoints import export, random_checkpoint
 from guard_quantization.commands.evaluate import compare, evaluate, thresholds
+from guard_quantization.commands.learnt import steps, student
 from guard_quantization.commands.peers import agree, gguf, reference
 from guard_quantization.commands.run import run
 from guard_quantization.commands.stages import distill, prune, quantize
@@ -23,6 +24,8 @@ app.command()(export)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(thresholds)
+app.command()(student)
+app.command()(steps)
 app.command("random")(random_checkpoint)
 app.command()(gguf)
 app.command()(reference)

@@ -137,7 +137,9 @@ def load_recipe(path: Path) -> Recipe | CheckpointRecipe:
     if not isinstance(below, dict) or "base" in below or below.get("name") == document.get("name"):
         raise RecipeError(f"{path}: base must be a recipe of another name, without a base")
     recipe, base = _recipe(_merged(below, document), path), _recipe(below, path.with_name(name))
-    return replace(recipe, base=base) if isinstance(recipe, Recipe) else recipe
+    if isinstance(recipe, Recipe) and isinstance(base, Recipe):
+        return replace(recipe, base=base)
+    return recipe
 
 
 def load_starter_recipe(path: Path) -> Recipe:

@@ -97,12 +97,13 @@ def fit(
     every: int = 500,
     clip: float = 1.0,
     accumulate: int = 1,
-    around: Callable[[float], AbstractContextManager[None]] = lambda share: nullcontext(),
+    around: Callable[[int, int], AbstractContextManager[None]] = lambda step, steps: nullcontext(),
 ) -> list[tuple[int, float]]:
     """One optimizer step per `accumulate` elements of `work`; goes on from `checkpoint` if it can.
 
-    `around` gives the context in which loss and gradient are computed, for the share of steps done.
-    Returns the curve of the loss: (step, mean loss since the point before), about a hundred points.
+    `around` gives the context in which loss and gradient are computed, for the step and how many
+    there are. Returns the curve of the loss: (step, mean loss since the point before), about a
+    hundred points.
 
     `work` must be the same sequence on every call: the checkpoint remembers how many steps are
     done. Ctrl-C leaves the last checkpoint behind.
@@ -120,7 +121,7 @@ def fit(
             torch.manual_seed(step)
             optimizer.zero_grad(set_to_none=True)
             parts = work[step * accumulate : (step + 1) * accumulate]
-            with around(step / steps):
+            with around(step, steps):
                 lately.append(sum(_backward(loss_of(part) / len(parts)) for part in parts))
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()

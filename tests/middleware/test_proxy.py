@@ -64,7 +64,7 @@ async def sidecar(upstream: Upstream, socket: Path | None = None) -> AsyncIterat
             await proxy(scope, receive, send)  # type: ignore[arg-type]
 
     guarded = GuardMiddleware(
-        app,  # type: ignore[arg-type]
+        app,
         FakeGuard(forbids(BAD)),
         metrics=Metrics(CollectorRegistry()),
         guarded=("/",),

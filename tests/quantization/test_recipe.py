@@ -44,3 +44,47 @@ def test_the_digest_depends_on_the_sections_asked_for() -> None:
     recipe = load_starter_recipe(STARTER)
     assert recipe.digest("teacher") == load_starter_recipe(STARTER).digest("teacher")
     assert recipe.digest("teacher") != recipe.digest("student")
+
+
+def write(path: Path, **document: object) -> Path:
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_a_recipe_says_only_how_it_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "starter.yaml").write_text(STARTER.read_text())
+    changed = {"shape": {"num_hidden_layers": 8}, "lr": 0.5, "epochs": [{"responses": [3, 1.0]}]}
+    path = write(tmp_path / "more.yaml", base="starter.yaml", name="more", student=changed)
+    recipe, base = load_starter_recipe(path), load_starter_recipe(STARTER)
+    shape = recipe.student.llama(recipe.tokenizer.size)
+    assert shape.num_hidden_layers == 8 and shape.hidden_size == base.student.shape["hidden_size"]
+    (only,) = recipe.student.epochs
+    assert [*only] == ["responses"] and [*only["responses"]] == [3, 1.0]
+    assert recipe.student.lr == 0.5
+    assert (recipe.base, recipe.teacher, recipe.name) == (base, base.teacher, "more")
+    assert base.base is None
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "told"),
+    [
+        ("../starter.yaml", "more", "same folder"),
+        (3, "more", "same folder"),
+        ("starter.yaml", "starter", "another name"),
+        ("more.yaml", "other", "without a base"),
+        ("nowhere.yaml", "more", "nowhere"),
+    ],
+)
+def test_a_base_is_a_whole_recipe_beside_it(
+    tmp_path: Path, base: object, name: str, told: str
+) -> None:
+    (tmp_path / "starter.yaml").write_text(STARTER.read_text())
+    write(tmp_path / "more.yaml", base="starter.yaml", name="more")
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(write(tmp_path / "broken.yaml", base=base, name=name))
+
+
+@pytest.mark.parametrize("path", sorted(STARTER.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_recipe_loads_under_its_own_name(path: Path) -> None:
+    others = [load_recipe(other).name for other in STARTER.parent.glob("*.yaml") if other != path]
+    assert load_recipe(path).name not in others

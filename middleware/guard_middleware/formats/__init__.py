@@ -9,6 +9,7 @@ from guard_middleware.formats.ollama import OllamaChat, OllamaGenerate
 from guard_middleware.formats.openai_chat import OpenAIChat
 from guard_middleware.formats.openai_responses import OpenAIResponses
 from guard_middleware.formats.openai_text import OpenAIText
+from guard_middleware.formats.tgi import Tgi
 
 FORMATS: tuple[Format, ...] = (
     OpenAIChat(),
@@ -18,4 +19,5 @@ FORMATS: tuple[Format, ...] = (
     OllamaGenerate(),
     Bedrock(),
     *LLAMA_STACK,
+    Tgi(),
 )

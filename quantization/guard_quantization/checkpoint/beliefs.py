@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guard_policies.taxonomy import BY_CODE, LLAMA_GUARD_3, Category
 from guard_quantization.checkpoint.asking import Asked
-from guard_quantization.checkpoint.comparison import verdict_logits
+from guard_quantization.checkpoint.comparison import READS, alike, verdict_logits
 from guard_quantization.checkpoint.importance import batched
 from guard_quantization.checkpoint.streaming import load_llama
 from guard_quantization.data import cropped
@@ -28,6 +28,7 @@ from guard_service.prompt import Prompt, PromptBuilder
 from guard_service.templates import BY_NAME
 
 _CODES = tuple(f"S{number}" for number in range(1, 100))  # that a list may number
+TEMPLATE = "guard_template"  # field of config.json: what a checkpoint of our own was trained with
 _CHUNK = 1024  # rows whose beliefs are kept in one file
 _CONTEXT, _JUDGED = 1000, 3000  # characters of a turn; longer ones keep beginning and end
 
@@ -55,7 +56,7 @@ class Asker:
         builder = PromptBuilder(tokenizer, template, window_tokens)
         wording = BY_NAME[template].wording
         known = tuple(category for category in LLAMA_GUARD_3 if category.code in wording)
-        return cls(builder, verdict_tokens(tokenizer, _CODES), known)
+        return cls(builder, verdict_tokens(tokenizer, codes_of(template)), known)
 
     @property
     def head(self) -> tuple[int, ...]:
@@ -78,6 +79,13 @@ class Asker:
         return [self.head.index(token) for token in tokens]
 
 
+def codes_of(template: str) -> tuple[str, ...]:
+    """Codes that the output layer has rows for: all that a list may number, or those of the only
+    list that there is."""
+    found = BY_NAME[template]
+    return _CODES if found.takes_categories else tuple(found.wording)
+
+
 class CheckpointTeacher:
     """A Llama Guard checkpoint folder, held in memory in bfloat16."""
 
@@ -91,10 +99,14 @@ class CheckpointTeacher:
 
     def beliefs(self, asked: Sequence[Asked]) -> Tensor:
         """See Believer."""
-        batches = batched([self._asker.ids(one) for one in asked], self._tokens)
-        logits = verdict_logits(self._model, self._rows.bfloat16(), batches).double()
         head, verdict = self._asker.head, self._asker.verdict
         safe, unsafe = head.index(verdict.safe), head.index(verdict.unsafe)
+        logits = torch.zeros(len(asked), len(READS), len(head), dtype=torch.float64)
+        ids = [self._asker.ids(one) for one in asked]
+        for own in alike(ids):
+            batches = batched([ids[at] for at in own], self._tokens)
+            rows = self._rows.bfloat16()
+            logits[own] = verdict_logits(self._model, rows, batches, share=True).double()
         found = torch.zeros(len(asked), 1 + max(len(one.categories) for one in asked))
         for at, one in enumerate(asked):
             found[at, 0] = logits[at, 0, unsafe] - logits[at, 0, safe]
@@ -147,7 +159,14 @@ def open_teacher(name: str, window_tokens: int) -> tuple[str, Callable[[], Belie
 
 
 def official_template(config: Mapping[str, Any]) -> str:
-    """The template of the published model that a checkpoint's config.json looks like."""
+    """The template of the published model that a checkpoint's config.json looks like.
+
+    One of our own says which it was trained with. Raises ValueError when that is unknown.
+    """
+    if named := config.get(TEMPLATE):
+        if not isinstance(named, str) or named not in BY_NAME:
+            raise ValueError(f"config.json: {TEMPLATE} is unknown; known: {', '.join(BY_NAME)}")
+        return named
     layers = config.get("num_hidden_layers", 0)
     return "llama-guard-3-8b" if layers >= 32 else "llama-guard-3-1b"
 
@@ -155,7 +174,8 @@ def official_template(config: Mapping[str, Any]) -> str:
 def believed(teacher: Believer | None, asked: Sequence[Asked], folder: Path) -> Tensor | None:
     """The teacher's beliefs of all rows, kept in `folder` piece by piece; None without a teacher.
 
-    A piece that is there is not computed again. Raises ValueError for pieces of other rows.
+    Pieces are named by the rows they are of; one that is there is not computed again. The folder is
+    one teacher's.
     """
     if teacher is None or not asked:
         return None
@@ -164,13 +184,10 @@ def believed(teacher: Believer | None, asked: Sequence[Asked], folder: Path) -> 
     try:
         for begin in range(0, len(asked), _CHUNK):
             part = asked[begin : begin + _CHUNK]
-            path, key = folder / f"{begin:08d}.pt", _key(part)
+            path = folder / f"{_key(part)}.pt"
             if not path.exists():
-                save(path, {"key": key, "beliefs": teacher.beliefs(part)})
-            kept = torch.load(path, weights_only=True)
-            if kept["key"] != key:
-                raise ValueError(f"{path} holds beliefs of other rows; delete {folder}")
-            told = kept["beliefs"]
+                save(path, {"beliefs": teacher.beliefs(part)})
+            told = torch.load(path, weights_only=True)["beliefs"]
             whole[begin : begin + len(part), : told.shape[1]] = told
             report.at(begin + len(part), "")
     finally:

@@ -7,8 +7,8 @@ distilled student is cheaper with. What the teacher believes is computed once an
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from guard_quantization.checkpoint.asking import Asked, Draw, asked
 from guard_quantization.checkpoint.beliefs import Asker, Believer, believed
-from guard_quantization.checkpoint.comparison import READS
+from guard_quantization.checkpoint.comparison import alike, read_states
 from guard_quantization.checkpoint.streaming import load_llama
 from guard_quantization.checkpoint.tensors import (
     DTYPES,
@@ -35,7 +35,8 @@ from guard_quantization.checkpoint.tensors import (
     write_tensors,
 )
 from guard_quantization.data import Row
-from guard_quantization.starter.student import SAFE_ROW, UNSAFE_ROW, quantized_weights
+from guard_quantization.rounding import StoredWeights
+from guard_quantization.starter.student import SAFE_ROW, UNSAFE_ROW
 from guard_quantization.training import batches, fit
 from guard_service.templates import BY_NAME
 
@@ -93,12 +94,14 @@ def distill_checkpoint(
     held: Sequence[Row],
     teacher: Believer | None,
     work: Path,
+    kept: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train the checkpoint `source` on epochs of weighted rows into the new folder `folder`.
 
-    `teacher` may be None when `plan.trust` is 0. `work` keeps beliefs and training state: an
-    interrupted run goes on from there. Returns figures: the loss's curve, and how far P(unsafe) is
+    `teacher` may be None when `plan.trust` is 0. `work` keeps the training state: an interrupted
+    run goes on from there. `kept` keeps the teacher's beliefs, for other runs too; none: `work`.
+    Returns figures: the loss's curve, and how far P(unsafe) is
     from the teacher's on `held`, before and after. Raises ExportError, ValueError, FileExistsError.
     """
     if folder.exists():
@@ -113,11 +116,17 @@ def distill_checkpoint(
     if teacher is None and plan.trust:
         raise ValueError("distill.trust is above 0 and there is no teacher")
     asker = Asker.of(source, plan.template, plan.window_tokens)
+    if read_config(source).get("verdict_head", list(asker.head)) != list(asker.head):
+        raise ValueError(
+            f"{source}: its output layer is cut for another template than {plan.template}"
+        )
     model = load_llama(source).to(device)
     cut_head(model, asker.head)
     drawn = _drawn(epochs, asker, plan)
-    beliefs = believed(teacher, [one for epoch in drawn for one in epoch], work / "beliefs")
-    compared = _Compared(asker, held[: plan.held_back], teacher, work / "held")
+    kept = kept or work / "beliefs"
+    asking = [one for epoch in drawn for one in epoch]
+    beliefs = believed(teacher if plan.trust else None, asking, kept)
+    compared = _Compared(asker, held[: plan.held_back], teacher, kept)
     before = compared.figures(model, plan)
     curve = _train(model, _batched(drawn, beliefs, asker, plan), plan, work / "model.pt", device)
     after = compared.figures(model, plan)
@@ -141,12 +150,10 @@ def forward(model: LlamaForCausalLM, batch: Sequence[Example], bfloat16: bool = 
     width = max(len(one.ids) for one in batch)
     ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in batch], device=device)
     ends = torch.tensor([len(one.ids) for one in batch], device=device)
-    at = ends[:, None] - torch.tensor(READS, device=device)
     half = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    share = not model.is_gradient_checkpointing  # which computes layers again, without a cache
     with half:
-        states = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        picked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
-        logits: Tensor = model.lm_head(picked)
+        logits: Tensor = model.lm_head(read_states(model, ids, ends, share))
     return logits.float()
 
 
@@ -204,8 +211,18 @@ def _batched(
         told = [None] * len(epoch) if beliefs is None else beliefs[at : at + len(epoch)]
         at += len(epoch)
         made = [example(asker, one, b, plan.trust) for one, b in zip(epoch, told, strict=True)]
-        work += batches(made, [len(one.ids) for one in made], plan.tokens, seed)
+        work += _batches(made, plan.tokens, seed)
     return work
+
+
+def _batches(examples: Sequence[Example], tokens: int, seed: int) -> list[list[Example]]:
+    """Batches of prompts that begin alike, in random order."""
+    made: list[list[Example]] = []
+    for places in alike([one.ids for one in examples]):
+        own = [examples[at] for at in places]
+        made += batches(own, [len(one.ids) for one in own], tokens, seed)
+    random.Random(seed).shuffle(made)
+    return made
 
 
 def _train(
@@ -215,12 +232,10 @@ def _train(
     checkpoint: Path,
     device: str,
 ) -> list[tuple[int, float]]:
-    @contextmanager
-    def around(share: float) -> Iterator[None]:
-        with (
-            quantized_weights(model, plan.block) if share >= plan.quantized_from else nullcontext()
-        ):
-            yield
+    stored = StoredWeights(model, plan.block)
+
+    def around(step: int, steps: int) -> AbstractContextManager[None]:
+        return stored.rounded(step) if step >= plan.quantized_from * steps else nullcontext()
 
     if plan.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

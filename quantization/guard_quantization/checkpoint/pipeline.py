@@ -12,7 +12,7 @@ from typing import Any
 
 from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_quantization.checkpoint.asking import Draw, asked
-from guard_quantization.checkpoint.beliefs import Asker, Believer
+from guard_quantization.checkpoint.beliefs import Asker, Believer, codes_of
 from guard_quantization.checkpoint.distill import distill_checkpoint
 from guard_quantization.checkpoint.prune import prune
 from guard_quantization.checkpoint.quantize import quantize_checkpoint
@@ -59,7 +59,7 @@ class CheckpointPipeline:
     ) -> None:
         """`teacher` is a digest of it and a function that loads it."""
         self.recipe, self.source, self.data, self.teacher = recipe, source, data, teacher
-        self.run = Run(runs / recipe.name, say)
+        self.runs, self.run = runs, Run(runs / recipe.name, say)
         self.asker = Asker.of(source, recipe.template, recipe.window_tokens)
 
     def make(self, last: str = STAGES[-1]) -> Path:
@@ -140,8 +140,13 @@ class CheckpointPipeline:
 
         def make(folder: Path) -> Figures:
             teacher = self.teacher[1]() if self.teacher else None
+            kept = None
+            if self.teacher:  # whose beliefs serve other recipes in the same runs folder too
+                name = self.teacher[0].removeprefix("sha256:")[:16]
+                kept = self.runs / "beliefs" / f"{name}-{self.recipe.window_tokens}"
+            work = folder / "work"
             return distill_checkpoint(
-                source, folder / MODEL, taught.plan, epochs, held, teacher, folder / "work"
+                source, folder / MODEL, taught.plan, epochs, held, teacher, work, kept
             )
 
         inputs = {
@@ -224,6 +229,8 @@ def release_of(recipe: CheckpointRecipe) -> Release:
         template=recipe.template,
         window_tokens=recipe.window_tokens,
         categories=tuple(one.code for one in LLAMA_GUARD_3 if one.code in known),
+        codes=codes_of(recipe.template),
+        custom_categories=BY_NAME[recipe.template].takes_categories,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guard_policies.assessment import Assessment
 from guard_quantization.checkpoint.beliefs import Asker, official_template
-from guard_quantization.checkpoint.comparison import verdict_logits
+from guard_quantization.checkpoint.comparison import READS, alike, verdict_logits
 from guard_quantization.checkpoint.importance import batched
 from guard_quantization.checkpoint.streaming import streamed
 from guard_quantization.checkpoint.tensors import (
@@ -66,7 +66,10 @@ class CheckpointJudge:
         verdict = self._asker.verdict
         spoken = (verdict.unsafe, verdict.newline, verdict.mark)
         rows = [[*one.prefix, *one.body, *one.closing, *spoken] for one in prompts]
-        logits = verdict_logits(self._model, self._rows, batched(rows, self._tokens)).double()
+        logits = torch.zeros(len(rows), len(READS), len(self._rows), dtype=torch.float64)
+        for own in alike(rows):
+            batches = batched([rows[at] for at in own], self._tokens)
+            logits[own] = verdict_logits(self._model, self._rows, batches, share=True).double()
         return [
             Assessed(self._read(line, prompt.categories), len(row), 0)
             for line, prompt, row in zip(logits, prompts, rows, strict=True)

@@ -17,9 +17,9 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 # Candidate clipping points of a block, as shares of its largest magnitude.
-_SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
+SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
 CHANNEL_MOST = 63  # of a code by output channel: sums of two products with bytes fit in 16 bits
-_SMALLEST_SCALE = np.float32(6.2e-5)  # above float16's subnormals, where its precision fades
+SMALLEST_SCALE = np.float32(6.2e-5)  # above float16's subnormals, where its precision fades
 _LARGEST_WEIGHT = 7 * 65504.0  # a float16 scale times the largest code
 
 
@@ -153,7 +153,7 @@ def _search(values: Floats, bits: int, shares: Floats) -> tuple[Bytes, NDArray[n
     best_scale = np.zeros_like(extreme)
     # The extreme value maps to the end of the range that has one more step, or to the other one.
     for end in (low, low + 1):
-        for shrink in _SHRINK if bits == 4 else _SHRINK[:3]:
+        for shrink in SHRINK if bits == 4 else SHRINK[:3]:
             scale = _storable(extreme * shrink / np.float32(end))
             for _ in range(2):
                 codes = _round(values, scale, low)
@@ -174,7 +174,7 @@ def _round(values: Floats, scale: Floats, low: int) -> Floats:
 def _storable(scale: Floats) -> Floats:
     """The nearest scale that float16 holds well; never zero."""
     sign = np.where(scale < 0, np.float32(-1), np.float32(1))
-    size = np.maximum(np.abs(scale), _SMALLEST_SCALE)
+    size = np.maximum(np.abs(scale), SMALLEST_SCALE)
     return (sign * size).astype(np.float16).astype(np.float32)
 
 

@@ -147,9 +147,9 @@ class Pipeline:
         verdict = verdict_tokens(tokenizer, CODES)
         builder = PromptBuilder(tokenizer, plan.template, plan.window_tokens)
         spoken = (verdict.unsafe, verdict.newline, verdict.mark)
-        student = self.new_student(tokenizer)
 
         def make() -> None:
+            student = self.new_student(tokenizer)
             index, logits, pooled = self.views()
             classroom = Classroom(builder, spoken, index, plan.trust)
             epochs = self.student_epochs()
@@ -168,7 +168,10 @@ class Pipeline:
 
         sections = ("tokenizer", "teacher", "student", *(("base",) if self.base else ()))
         self._stage("student", sections, make)
-        student.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+        state = torch.load(checkpoint, weights_only=True)["model"]
+        llama = GuardLlama(plan.llama(tokenizer.get_vocab_size()), HEAD_ROWS, plan.dropout)
+        student = Student(llama, len(state["project.weight"]))
+        student.load_state_dict(state)
         student.eval()
         return student, Classroom(builder, spoken, {})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from guard_policies.assessment import Direction
 from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_quantization.data import Row, cropped
 from guard_quantization.llama import GuardLlama
+from guard_quantization.rounding import StoredWeights
 from guard_quantization.starter.teacher import CODES, targets
 from guard_quantization.training import batches, fit
 from guard_service.conversation import Conversation
@@ -23,7 +24,6 @@ from guard_service.prompt import PromptBuilder
 
 # Rows of the output layer, in the order of quantize.verdict_tokens.
 SAFE_ROW, UNSAFE_ROW, CODE_ROWS, HEAD_ROWS = 0, 1, slice(6, 6 + len(CODES)), 7 + len(CODES)
-_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,32 +144,6 @@ def feature_loss(projected: Tensor, batch: Sequence[Lesson], pooled: Tensor) -> 
     return (1 - cosine) * (seen >= 0).float()
 
 
-@contextmanager
-def quantized_weights(model: nn.Module, block: int = _BLOCK) -> Iterator[None]:
-    """Layers' weights as 4-bit storage will round them, inside the context (straight-through).
-
-    Bengio et al., 2013: the gradient at the rounded weights is applied to the unrounded ones.
-    """
-    kept: list[tuple[nn.Parameter, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "layers" in name:
-            kept.append((parameter, parameter.data))
-            parameter.data = _rounded(parameter.data, block)
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
-def _rounded(weight: Tensor, block: int) -> Tensor:
-    blocks = weight.view(weight.shape[0], -1, block)
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    scale = extreme / -8
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
-
-
 def distill(
     student: Student,
     classroom: Classroom,
@@ -197,13 +171,10 @@ def distill(
         loss = verdict_loss(found, batch, logits) * weights
         return (loss + feature_loss(projected, batch, pooled)).mean()
 
-    @contextmanager
-    def around(share: float) -> Iterator[None]:
-        if share < quantized_from:
-            yield
-            return
-        with quantized_weights(student.llama):
-            yield
+    stored = StoredWeights(student.llama)
+
+    def around(step: int, steps: int) -> AbstractContextManager[None]:
+        return stored.rounded(step) if step >= quantized_from * steps else nullcontext()
 
     table = student.llama.model["embed_tokens"].weight
     others = [parameter for parameter in student.parameters() if parameter is not table]
@@ -211,7 +182,7 @@ def distill(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     fit(
         student, optimizer, work, loss_of, what="student", checkpoint=checkpoint, around=around,
-        warmup=150, every=100,
+        warmup=min(150, len(work) // 8), every=100,
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def _turn(value: object, index: int, unread: list[str]) -> Turn:
     place = f"messages[{index}]"
     message = fields.only(value, place, _MESSAGE_KEYS)
     role = message.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise Unreadable(f"{place}.role is none that is known")
     if message.get("audio") is not None:
         unread.append(f"{place}.audio")

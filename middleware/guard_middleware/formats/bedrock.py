@@ -229,7 +229,7 @@ def _turns(value: object, index: int, unread: list[str]) -> Iterator[Turn]:
     place = f"messages[{index}]"
     message = fields.only(value, place, {"role", "content"})
     role = message.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise Unreadable(f"{place}.role is none that is known")
     turn: dict[str, Any] = {"role": role, "content": [], "tool_calls": []}
     empty = True

@@ -46,6 +46,7 @@ class Sidecar:
             uvicorn.Config(
                 self.middleware,
                 **_address(places.listen),
+                interface="asgi3",
                 lifespan="on",
                 http="h11",
                 ws="none",
@@ -62,6 +63,7 @@ class Sidecar:
             uvicorn.Config(
                 self._administer,
                 **_address(places.admin),
+                interface="asgi3",  # uvicorn takes a bound method for an application of ASGI 2
                 lifespan="off",
                 ws="none",
                 log_config=None,

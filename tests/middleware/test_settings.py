@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -88,3 +89,9 @@ def test_a_server_that_constructs_it_without_arguments_gets_the_environments_set
 def test_without_any_setting_there_is_a_guard_in_this_process() -> None:
     made = GuardMiddleware(nothing, settings=Settings())
     assert isinstance(made.guard, LocalGuard) and made.settings.mode == "enforce"
+
+
+def test_every_setting_stands_in_the_readme() -> None:
+    readme = (Path(__file__).parents[2] / "middleware/README.md").read_text()
+    missing = [name for name in FIELDS if f"| `{name}` |" not in readme]
+    assert not missing

@@ -12,6 +12,7 @@ from tests.middleware.formats.openai_chat_speech import OpenAIChatSpeech
 from tests.middleware.formats.openai_responses_speech import OpenAIResponsesSpeech
 from tests.middleware.formats.openai_text_speech import OpenAITextSpeech
 from tests.middleware.formats.speech import Speech
+from tests.middleware.formats.tgi_speech import TgiSpeech
 
 SPEECHES: tuple[Speech, ...] = (
     OpenAIChatSpeech(),
@@ -22,4 +23,5 @@ SPEECHES: tuple[Speech, ...] = (
     BedrockSpeech(),
     LlamaStackChatSpeech(),
     LlamaStackCompletionSpeech(),
+    TgiSpeech(),
 )

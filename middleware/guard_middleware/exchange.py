@@ -11,7 +11,7 @@ from guard_middleware.asking import Ruling, rule
 from guard_middleware.bodies import Encoded, Gone, TooLarge, read_body, replaced
 from guard_middleware.context import Context, id_header, refused
 from guard_middleware.formats.contract import Asked, Format, Unreadable
-from guard_middleware.messages import Message, Receive, Scope, Send, answer
+from guard_middleware.messages import Message, Receive, Scope, Send, answer, is_last
 from guard_middleware.relay import Relay
 from guard_middleware.strict_json import Json, Malformed, dump, parse
 from guard_middleware.verdict import Outcome
@@ -61,11 +61,18 @@ class Exchange:
             status = 413 if isinstance(wrong, TooLarge) else 415
             await self._invalid(send, status, str(wrong))
             return
+        answered = False
+
+        async def reply(message: Message) -> None:
+            nonlocal answered
+            await send(message)
+            answered = answered or is_last(message)
+
         left = asyncio.create_task(_left(receive), name="guard-client-left")
-        work = asyncio.create_task(self._serve(scope, body, left, send), name="guard-exchange")
+        work = asyncio.create_task(self._serve(scope, body, left, reply), name="guard-exchange")
         try:
             await asyncio.wait((left, work), return_when=asyncio.FIRST_COMPLETED)
-            gone = not work.done()
+            gone = not work.done() and not answered  # servers tell of every end
             if not gone:
                 await work
         finally:

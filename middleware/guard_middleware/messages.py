@@ -28,6 +28,11 @@ async def answer(send: Send, given: Answer, *headers: Header) -> None:
     await send({"type": "http.response.body", "body": given.body, "more_body": False})
 
 
+def is_last(message: Message) -> bool:
+    """Whether nothing comes behind this message of a response."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
 class StreamedAnswer:
     """A streamed response; it begins with its first byte."""
 

@@ -29,7 +29,7 @@ from guard_middleware.formats.contract import (
     Unreadable,
 )
 from guard_middleware.guards import Conversation
-from guard_middleware.messages import Message, Receive, Scope, Send, StreamedAnswer, answer
+from guard_middleware.messages import Message, Receive, Scope, Send, StreamedAnswer, answer, is_last
 from guard_middleware.screening import Screen
 from guard_middleware.strict_json import Malformed, parse
 from guard_middleware.verdict import Outcome
@@ -132,7 +132,7 @@ class Relay:
 
     async def _take(self, message: Message) -> None:
         """The application's `send`."""
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
+        if is_last(message):
             self._said_all = True
         if self._over:
             return

@@ -101,7 +101,11 @@ async def call(
     headers: Iterable[tuple[bytes, bytes]] = (),
     leaves: asyncio.Event | None = None,
 ) -> Reply:
-    """One request; `body` is JSON unless it is bytes. The client leaves when `leaves` is set."""
+    """One request; `body` is JSON unless it is bytes. The client leaves when `leaves` is set.
+
+    Like the servers, it says so too once the reply has ended, to whoever still listens.
+    """
+    leaves = leaves or asyncio.Event()
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     reply = Reply()
     requests = [{"type": "http.request", "body": raw, "more_body": False}]
@@ -109,7 +113,7 @@ async def call(
     async def receive() -> Message:
         if requests:
             return requests.pop()
-        await (leaves or asyncio.Event()).wait()
+        await leaves.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -121,6 +125,8 @@ async def call(
             assert reply.status and not reply.ended, "a body out of place"
             reply.chunks.append(message.get("body", b""))
             reply.ended = not message.get("more_body", False)
+            if reply.ended:
+                leaves.set()
 
     scope: Scope = {
         "type": "http",

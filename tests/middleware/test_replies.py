@@ -6,13 +6,17 @@ import asyncio
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
 
+from guard_middleware.calls import Piece
+from guard_middleware.guards import Conversation
 from guard_middleware.messages import Message, Receive, Scope, Send
 from guard_middleware.testing import FakeGuard, forbids
+from guard_middleware.verdict import StreamOutcome
 from tests.middleware.asgi_calls import EVENTS, JSON, Backend, body_of, call, each, sse
 from tests.middleware.formats.openai_replies import PATH, asking, chunk, chunks, reply
 from tests.middleware.wrapped import BAD, SAFE, Wrapped
@@ -243,6 +247,38 @@ async def test_background_work_goes_on_behind_the_reply() -> None:
     for said in ("Hi", "Hi"):
         await call(Wrapped(busy), PATH, asking(said))
     assert done == ["background"] * 2
+
+
+class LettingGo(FakeGuard):
+    """Takes a moment to let go of a stream, as one at the other end of a connection does."""
+
+    async def growing(
+        self, conversation: Conversation, pieces: AsyncIterable[Piece]
+    ) -> AsyncGenerator[StreamOutcome]:
+        try:
+            async with aclosing(super().growing(conversation, pieces)) as outcomes:
+                async for outcome in outcomes:
+                    yield outcome
+        finally:
+            for _ in range(9):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_reply_that_was_given_whole_counts_as_passed_with_all_its_verdicts(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "guard_middleware")
+    backend = Backend(each(chunks(SAFE)), EVENTS) if stream else Backend([WHOLE])
+    guard = LettingGo(forbids(BAD))
+    app = Wrapped(backend, guard)
+    assert (await call(app, PATH, asking("Hi", stream=stream))).ended
+    assert app.results == {"passed": 1}
+    (line,) = (one.getMessage() for one in caplog.records if "verdicts" in one.getMessage())
+    told = line.partition("verdicts ")[2].split()
+    assert told == [f"fake-{number}" for number in range(1, len(guard.allowed) + 1)]
+    assert len(told) >= 2  # the prompt's and the reply's
 
 
 async def test_application_is_told_when_the_client_has_left() -> None:

@@ -43,7 +43,14 @@ def measure(
 
     `threads` 0 takes one for each core of this process.
     """
-    engine = open_engine(model, threads or Settings().engine_threads, prefix_cache)
+    settings = Settings()
+    engine = open_engine(
+        model,
+        threads or settings.engine_threads,
+        prefix_cache,
+        plan=settings.kernel_plan,
+        prepared=settings.prepared_folder,
+    )
     try:
         prompts = _prompts(engine, builtin_policies().get(policy), requests)
         _run(engine, prompts, batches[-1], warm_up_s, clock)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from guard_policies.assessment import Assessment
 from guard_service.artifact import load
-from guard_service.engines.plans import AUTO
+from guard_service.engines.plans import STORED
 from guard_service.prompt import Prompt, PromptBuilder
 
 STARTER = "starter"
@@ -114,7 +114,7 @@ def open_engine(
     prefix_cache: bool = True,
     session_bytes: int = SESSION_BYTES,
     *,
-    plan: str = AUTO,
+    plan: str = STORED,
     lanes: int = 1,
     prepared: Path | None = None,
     device: str = "auto",

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from guard_service.engines.graph_files import Tensor, UnreadableGraph
 
 Floats = NDArray[np.float32]
-SEVEN_BITS, EIGHT_BITS = 63, 127  # the largest code of a weight
+# The largest code of a weight; of 63, sums of two products with bytes fit in 16 bits.
+SEVEN_BITS, EIGHT_BITS = 63, 127
 _CHUNK = 1 << 22  # weights expanded at a time: bounds memory
 
 

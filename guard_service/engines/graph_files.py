@@ -34,11 +34,6 @@ class Tensor:
     length: int
 
 
-def graph_files(content: bytes) -> frozenset[str]:
-    """Locations of all external tensors. Raises UnreadableGraph."""
-    return frozenset(tensor.location for tensor in graph_tensors(content) if tensor.location)
-
-
 def graph_tensors(content: bytes) -> list[Tensor]:
     """All tensors, initializers and those of attributes. Raises UnreadableGraph."""
     found: list[Tensor] = []

@@ -18,7 +18,7 @@ from guard_service.engines.plans import EXPANDED, INT8, PLANS, STORED, graph_fil
 from guard_service.engines.prepared import DATA, GRAPH, Prepared, flags
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_WORTH_KEEPING = 64 * 2**20  # bytes of weights from which expanding takes a second or more
+_WORTH_KEEPING = 64 * 2**20  # bytes of an artifact from which expanding takes a second or more
 _MOST_GRAPH_BYTES = 64 * 2**20
 _NO_SATURATION = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 
@@ -72,7 +72,7 @@ def _expanded(
     artifact: Artifact, plan: str, threads: int, prepared: Prepared, device: str
 ) -> Graph:
     """A graph whose matrices are made now, or were on an earlier start."""
-    keep = device == "cpu" and _weight_bytes(artifact) >= _WORTH_KEEPING
+    keep = device == "cpu" and _all_bytes(artifact) >= _WORTH_KEEPING
     if keep:
         for _ in range(2):  # the second time after one that was damaged
             ready = prepared.graph(artifact.digest, plan) or prepared.make(
@@ -127,8 +127,8 @@ def _tensors(artifact: Artifact, name: str) -> list[Tensor]:
     return found
 
 
-def _weight_bytes(artifact: Artifact) -> int:
-    return sum(file.size for name, file in artifact.manifest.files.items() if "." in name)
+def _all_bytes(artifact: Artifact) -> int:
+    return sum(file.size for file in artifact.manifest.files.values())
 
 
 def _options(threads: int) -> Any:

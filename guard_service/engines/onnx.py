@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -156,8 +157,9 @@ class OnnxEngine(Engine):
         if self._snapshots is not None:
             self._snapshots.clear()
         self._sessions.clear()
-        for _ in range(self.lanes):
-            self._free.get()
+        with suppress(Empty):  # a run in progress, which may hang, keeps its own
+            while True:
+                self._free.get_nowait()
 
     def _categories(self) -> list[Category]:
         return [BY_CODE[code] for code in self._manifest.categories]

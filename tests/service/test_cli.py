@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -16,20 +15,9 @@ from typer.testing import CliRunner
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service import __version__
 from guard_service.cli.app import app
-from tests.middleware.fake_service import FakeService, Refusal, serving, socket_in, verdict
+from tests.middleware.fake_service import FakeService, Refusal, socket_in, verdict
 
 RUN = CliRunner()
-
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-def server(service: FakeService, tmp_path: Path) -> Iterator[list[str]]:
-    with serving(service, socket_in(tmp_path)) as target:
-        yield ["--server", target]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -15,21 +13,10 @@ from typer.testing import CliRunner
 from guard_service.cli.app import app
 from guard_service.cli.bench_load import percentile
 from guard_service.cli.bench_run import overhead
-from tests.middleware.fake_service import FakeService, Refusal, serving, socket_in
+from tests.middleware.fake_service import FakeService, Refusal
 
 RUN = CliRunner()
 SHORT = ["--duration", "20", "--count", "40", "--warm-up", "0"]
-
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-def server(service: FakeService, tmp_path: Path) -> Iterator[list[str]]:
-    with serving(service, socket_in(tmp_path)) as target:
-        yield ["--server", target]
 
 
 def test_report_is_one_line_of_json(server: list[str], service: FakeService) -> None:

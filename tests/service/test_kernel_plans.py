@@ -165,6 +165,15 @@ def test_lanes_score_at_the_same_time_what_one_scores(artifact: Artifact) -> Non
     assert [found[at] for at in range(24)] == wanted
 
 
+def test_close_does_not_wait_for_a_run_that_hangs(artifact: Artifact) -> None:
+    engine = OnnxEngine(artifact)
+    engine._free.get()  # what a run in progress holds
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 80])
 @pytest.mark.parametrize("largest", [SEVEN_BITS, EIGHT_BITS])

@@ -20,7 +20,7 @@ from guard_quantization.export.decoder import Precision
 from guard_service.artifact import Artifact, load, write_artifact
 from guard_service.conversation import Conversation, Image
 from guard_service.engines import Assessed, EngineFailed, open_engine
-from guard_service.engines.graph_files import UnreadableGraph, graph_files
+from guard_service.engines.graph_files import UnreadableGraph, graph_tensors
 from guard_service.engines.onnx import OnnxEngine
 from guard_service.engines.snapshots import Snapshot, Snapshots
 from guard_service.manifest import Calibration
@@ -184,6 +184,10 @@ def test_weights_outside_the_folder_are_refused(
     led = write_artifact(tmp_path / "led", artifact.manifest, {**files, "model.onnx": graph})
     with pytest.raises(EngineFailed, match="file that the manifest lacks"):
         OnnxEngine(led)
+
+
+def graph_files(content: bytes) -> set[str]:
+    return {tensor.location for tensor in graph_tensors(content) if tensor.location}
 
 
 def test_graphs_that_could_hide_weights_are_refused() -> None:

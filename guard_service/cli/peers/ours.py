@@ -9,6 +9,7 @@ from typing import Any
 
 from guard_policies.assessment import Direction
 from guard_service.cli.peers import Answer, PeerUnavailable, Question
+from guard_service.config import Settings
 from guard_service.engines import Assessed, open_engine
 from guard_service.prompt import Prompt
 
@@ -18,7 +19,10 @@ class Ours:
 
     def __init__(self, model: Path, threads: int) -> None:
         start = time.perf_counter()
-        self._engine = open_engine(str(model), threads)
+        settings = Settings()
+        self._engine = open_engine(
+            str(model), threads, plan=settings.kernel_plan, prepared=settings.prepared_folder
+        )
         self.load_s = time.perf_counter() - start
         self._engine.self_test()
 

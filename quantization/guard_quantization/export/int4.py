@@ -18,7 +18,6 @@ Bytes = NDArray[np.uint8]
 
 # Candidate clipping points of a block, as shares of its largest magnitude.
 SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
-CHANNEL_MOST = 63  # of a code by output channel: sums of two products with bytes fit in 16 bits
 SMALLEST_SCALE = np.float32(6.2e-5)  # above float16's subnormals, where its precision fades
 _LARGEST_WEIGHT = 7 * 65504.0  # a float16 scale times the largest code
 
@@ -126,19 +125,10 @@ def quantize_blocks(
     return Blocks(codes, scales, bits, columns)
 
 
-def quantize_channels(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Quantize weight [N, K] with one scale per output channel: codes [K, N], scales [N]."""
-    if not np.isfinite(weight).all():
-        raise ValueError("weights are not finite")
-    scale = np.maximum(np.abs(weight).max(1), 1e-9) / CHANNEL_MOST
-    codes = np.rint(weight / scale[:, None]).astype(np.int8)
-    return np.ascontiguousarray(codes.T), scale.astype(np.float32)
-
-
 def fake_quantize_rows(x: Floats) -> Floats:
     """What is left of activations [..., K] after int8 with one scale per row.
 
-    As the "rows" kernel of `layers` does it: scale max|x| / 127, zero point 128, halves to even.
+    As kernel plan int8 does it: scale max|x| / 127, zero point 128, halves to even.
     """
     scale = np.maximum(np.abs(x).max(-1, keepdims=True) * np.float32(1 / 127), np.float32(1e-9))
     codes = np.clip(np.rint(x / scale) + 128, 0, 255)

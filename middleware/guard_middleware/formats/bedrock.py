@@ -79,10 +79,7 @@ class Bedrock:
 
     def without(self, body: Json, places: frozenset[int]) -> Json:
         """The body without these messages."""
-        asked = fields.obj(body, "the body")
-        messages = fields.array(asked["messages"], "messages")
-        kept = [message for index, message in enumerate(messages) if index not in places]
-        return {**asked, "messages": kept}
+        return fields.without(body, "messages", places)
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply."""
@@ -228,9 +225,7 @@ def _turns(value: object, index: int, unread: list[str]) -> Iterator[Turn]:
     """A message's turns: results of tools, which stand among what the user says, are their own."""
     place = f"messages[{index}]"
     message = fields.only(value, place, {"role", "content"})
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise Unreadable(f"{place}.role is none that is known")
+    role = fields.role(message.get("role"), f"{place}.role", _ROLES)
     turn: dict[str, Any] = {"role": role, "content": [], "tool_calls": []}
     empty = True
     for at, one in enumerate(fields.array(message.get("content"), f"{place}.content")):

@@ -68,6 +68,21 @@ def text(value: object, place: str) -> str:
     return value
 
 
+def role(value: object, place: str, known: Collection[str]) -> str:
+    """One of the known roles at this place."""
+    found = text(value, place)
+    if found not in known:
+        raise Unreadable(f"{place} is none that is known")
+    return found
+
+
+def without(body: object, key: str, places: frozenset[int]) -> dict[str, Any]:
+    """The body, less the members of its array `key` at these places; not changed in place."""
+    asked = obj(body, "the body")
+    members = array(asked[key], key)
+    return {**asked, key: [one for index, one in enumerate(members) if index not in places]}
+
+
 def flag(value: object, place: str) -> bool:
     """The truth value at this place; an absent one is false."""
     if value is None:

@@ -81,10 +81,7 @@ class LlamaStack:
 
     def without(self, body: Json, places: frozenset[int]) -> Json:
         """The body without these messages."""
-        asked = fields.obj(body, "the body")
-        messages = fields.array(asked[self._key], self._key)
-        kept = [message for index, message in enumerate(messages) if index not in places]
-        return {**asked, self._key: kept}
+        return fields.without(body, self._key, places)
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply."""

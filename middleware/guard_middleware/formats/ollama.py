@@ -68,12 +68,9 @@ class _Ollama(ABC):
 
     def without(self, body: Json, places: frozenset[int]) -> Json:
         """The body without these messages."""
-        asked = fields.obj(body, "the body")
         if not places:
-            return asked
-        messages = fields.array(asked["messages"], "messages")
-        kept = [message for index, message in enumerate(messages) if index not in places]
-        return {**asked, "messages": kept}
+            return fields.obj(body, "the body")
+        return fields.without(body, "messages", places)
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply."""

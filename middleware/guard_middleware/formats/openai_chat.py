@@ -64,10 +64,7 @@ class OpenAIChat:
 
     def without(self, body: Json, places: frozenset[int]) -> Json:
         """The body without these messages."""
-        asked = fields.obj(body, "the body")
-        messages = fields.array(asked["messages"], "messages")
-        kept = [message for index, message in enumerate(messages) if index not in places]
-        return {**asked, "messages": kept}
+        return fields.without(body, "messages", places)
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply."""
@@ -148,9 +145,7 @@ class ChatStream(sse.SseStream):
 def _turn(value: object, index: int, unread: list[str]) -> Turn:
     place = f"messages[{index}]"
     message = fields.only(value, place, _MESSAGE_KEYS)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise Unreadable(f"{place}.role is none that is known")
+    role = fields.role(message.get("role"), f"{place}.role", _ROLES)
     if message.get("audio") is not None:
         unread.append(f"{place}.audio")
     parts = _content(message.get("content"), f"{place}.content", unread)

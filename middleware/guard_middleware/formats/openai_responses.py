@@ -86,10 +86,7 @@ class OpenAIResponses:
 
     def without(self, body: Json, places: frozenset[int]) -> Json:
         """The body without these items."""
-        asked = fields.obj(body, "the body")
-        items = fields.array(asked["input"], "input")
-        kept = [item for index, item in enumerate(items) if index not in places]
-        return {**asked, "input": kept}
+        return fields.without(body, "input", places)
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply."""

@@ -69,9 +69,7 @@ def _item(value: object, place: str, unread: list[str]) -> dict[str, Any]:
 
 
 def _message(item: Mapping[str, Any], place: str, unread: list[str]) -> dict[str, Any]:
-    role = fields.text(item.get("role"), f"{place}.role")
-    if role not in _ROLES:
-        raise Unreadable(f"{place}.role is none that is known")
+    role = fields.role(item.get("role"), f"{place}.role", _ROLES)
     if role == "tool":
         return _result(item, "content", "tool_call_id", place, unread)
     parts = _content(item.get("content"), f"{place}.content", unread)

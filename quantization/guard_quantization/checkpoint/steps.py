@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from guard_quantization.data import Row
 from guard_quantization.evaluation.compare import agreement, differences
-from guard_quantization.evaluation.evaluate import calibrations
+from guard_quantization.evaluation.evaluate import calibrate, calibrations
 from guard_quantization.evaluation.judges import judge_digest, open_judge
 from guard_quantization.evaluation.kept import keep_scores
+from guard_quantization.evaluation.markup import write_page
 from guard_service.evaluation.figures import Floats, Judged, figures
 from guard_service.evaluation.report import jsonable, labels_of
 
@@ -104,10 +103,7 @@ def _scores(step: Step, rows: Sequence[Row], folder: Path) -> Floats:
     )
     dev = [at for at, row in enumerate(rows) if row.source != "probe"]
     fitted = calibrations([rows[at] for at in dev], found.unsafe[dev])
-    clipped = np.clip(found.unsafe, 1e-9, 1 - 1e-9)
-    logits = np.log(clipped / (1 - clipped))
-    pairs = zip(rows, logits.tolist(), strict=True)
-    return np.array([fitted[row.direction].probability(logit) for row, logit in pairs])
+    return calibrate(rows, found.unsafe, fitted)
 
 
 def _beside(reference: Judged, judged: Judged) -> dict[str, Any]:
@@ -155,7 +151,5 @@ def _with_interval(
 def write_steps(folder: Path, report: Mapping[str, Any]) -> Path:
     """steps.json and steps.md; the path of the latter."""
     for name, content in (("steps.json", json.dumps(report, indent=1)), ("steps.md", page(report))):
-        partial_file = folder / f"{name}.partial"
-        partial_file.write_text(content, "utf-8")
-        partial_file.replace(folder / name)
+        write_page(folder / name, content)
     return folder / "steps.md"

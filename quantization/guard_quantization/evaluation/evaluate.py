@@ -6,6 +6,7 @@ running guard.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -169,3 +170,12 @@ def calibrations(rows: Sequence[Labelled], scores: Floats) -> Mapping[Direction,
         own = np.array([row.direction is direction for row in rows])
         fitted[direction] = fit_calibration(labels_of(rows)[own], scores[own])
     return fitted
+
+
+def calibrate(
+    rows: Sequence[Labelled], scores: Floats, fitted: Mapping[Direction, Calibration]
+) -> Floats:
+    """Scores without a calibration, each by the one of its direction."""
+    clipped = np.clip(scores, 1e-9, 1 - 1e-9)
+    pairs = zip(rows, clipped, strict=True)
+    return np.array([fitted[row.direction].probability(math.log(p / (1 - p))) for row, p in pairs])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from guard_quantization.evaluation.evaluate import (
     Scores,
     auroc,
     by,
+    calibrate,
     calibrations,
     category_figures,
     figures,
@@ -53,7 +53,7 @@ def release(pipeline: Pipeline, folder: Path) -> Artifact:
     engine.close()
     dev = [at for at, row in enumerate(rows) if row.split == "dev"]
     fitted = calibrations([rows[at] for at in dev], raw.unsafe[dev])
-    calibrated = Scores(_calibrated(rows, raw.unsafe, fitted), raw.codes)
+    calibrated = Scores(calibrate(rows, raw.unsafe, fitted), raw.codes)
     evaluation = evaluate_starter(pipeline, rows, calibrated)
     (pipeline.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
     card = pipeline.folder / "MODEL_CARD.md"
@@ -125,14 +125,6 @@ def _transfer(
             "student": auroc(labels, scores[chosen]),
         }
     return found
-
-
-def _calibrated(
-    rows: Sequence[Row], scores: NDArray[np.float64], fitted: Mapping[Direction, Calibration]
-) -> NDArray[np.float64]:
-    clipped = np.clip(scores, 1e-9, 1 - 1e-9)
-    pairs = zip(rows, clipped, strict=True)
-    return np.array([fitted[row.direction].probability(math.log(p / (1 - p))) for row, p in pairs])
 
 
 def _export(

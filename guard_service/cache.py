@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from guard_policies.assessment import Direction
+from guard_service.conversation import Image
 from guard_service.prompt import Prompt
 
 Value = TypeVar("Value")
@@ -29,10 +30,17 @@ def key_of(
     for prompt in prompts:
         _add(digest, *prompt.categories)
         if prompt.image is not None:
-            _add(digest, prompt.image.uri or "", prompt.image.data or b"")
+            _add(digest, *_shown(prompt.image))
         for tokens in (prompt.prefix, prompt.body, prompt.closing):
             digest.update(len(tokens).to_bytes(4, "big") + array("I", tokens).tobytes())
     return digest.digest()
+
+
+def _shown(image: Image) -> tuple[str | bytes, ...]:
+    """What stands for an image: its picture, where it was decoded, else where it comes from."""
+    if image.picture is not None:
+        return (image.picture.digest,)
+    return image.uri or "", image.data or b""
 
 
 def _add(digest: hashlib._Hash, *words: str | bytes) -> None:

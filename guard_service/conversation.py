@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Role(Enum):
@@ -24,12 +25,29 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """An image decoded, as a model is shown it. Equal when its digest is."""
+
+    digest: str  # "sha256:..." of the encoded bytes and of the way in which they are shown
+    pixels: Any = field(compare=False, repr=False)  # uint8 [height, width, 3], RGB; read-only
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
-    """An encoded image by value (`data`) or by reference (`uri`)."""
+    """An encoded image by value (`data`) or by reference (`uri`).
+
+    Once it is made ready (`guard_service.images`), a model is shown `picture`, and the image in
+    `other_views` too where it looks otherwise to other viewers. `unread` says why a model is shown
+    nothing of it or, beside a picture, not all of it.
+    """
 
     data: bytes | None = None
     uri: str | None = None
     mime_type: str = ""
+    digest: str = ""  # "sha256:..." of the encoded bytes that were decoded
+    picture: Picture | None = None
+    other_views: tuple[Picture, ...] = ()
+    unread: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ Any conversation that has a message can be judged; nothing in it is dropped.
 - A conversation may begin with the assistant; no turn is made up.
 - Empty text, or a message without parts, is an empty turn.
 - A tool call reads `name(arguments)`; a tool result reads as its text.
-- An image is not text. A model that sees images gets it beside the conversation; with any other
-  it is reported as not judged, and its message keeps its place in the turns.
+- An image is not text. A model that sees images gets it beside the conversation; with any other,
+  or where it could not be read, it is reported as not judged, and its message keeps its place.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from guard_policies.assessment import Direction
@@ -45,9 +45,11 @@ class PartReport:
     message_index: int
     part_index: int
     kind: str  # "text", "image", "tool_call" or "tool_result"
-    judged: bool
+    judged: bool  # all of it
     reason: str = ""  # why not, when not judged: "MODEL_IS_TEXT_ONLY"
     neutralised: int = 0  # spaces inserted into delimiter look-alikes
+    partly: bool = False  # some of it was judged, and `reason` says what was not
+    digest: str = ""  # of the encoded image that was judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,16 @@ def turns_of(
 
 
 def images_of(conversation: Conversation) -> tuple[Image, ...]:
-    """The conversation's images in order."""
+    """What a model is shown, in order: each view of each image that could be read."""
     parts = (part for message in conversation.messages for part in message.parts)
-    return tuple(part for part in parts if isinstance(part, Image))
+    return tuple(shown for part in parts if isinstance(part, Image) for shown in _shown(part))
+
+
+def _shown(image: Image) -> Iterator[Image]:
+    if image.picture is not None or not image.unread:
+        yield replace(image, other_views=())
+    for view in image.other_views:
+        yield replace(image, picture=view, other_views=())
 
 
 def _direction(message: Message) -> Direction:
@@ -105,16 +114,30 @@ def _turn(
     places = breaks(text)
     reports, start = [], 0
     for (message_index, part_index, part), own in zip(shown, texts, strict=True):
-        if own is None:
-            reason = "" if judges_images else MODEL_IS_TEXT_ONLY
-            reports.append(PartReport(message_index, part_index, "image", judges_images, reason))
+        if isinstance(part, Image):
+            reports.append(_image_report(part, message_index, part_index, judges_images))
             continue
-        end = start + len(own) + 1  # the newline behind a part counts as its own
+        end = start + len(own or "") + 1  # the newline behind a part counts as its own
         count = bisect_right(places, end) - bisect_right(places, start)
         kind = _KINDS[type(part)]
         reports.append(PartReport(message_index, part_index, kind, True, "", count))
         start = end
     return Turn(_direction(messages[0]), neutralise(text, places)), reports
+
+
+def _image_report(
+    image: Image, message_index: int, part_index: int, judges_images: bool
+) -> PartReport:
+    reason = image.unread if judges_images else MODEL_IS_TEXT_ONLY
+    return PartReport(
+        message_index,
+        part_index,
+        "image",
+        judged=not reason,
+        reason=reason,
+        partly=judges_images and bool(reason) and image.picture is not None,
+        digest=image.digest,
+    )
 
 
 _KINDS: dict[type[Part], str] = {Text: "text", ToolCall: "tool_call", ToolResult: "tool_result"}

@@ -42,7 +42,10 @@ def reference(
 
 def agree(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
-    reference: Annotated[Path, typer.Argument(help="Folder that `reference` made.")],
+    reference: Annotated[
+        Path | None,
+        typer.Argument(help="Folder that `reference` made; none: the artifact's kernel plan fp32."),
+    ] = None,
     prompts: Annotated[
         int, typer.Option(help="How many conversations of the packaged probe sets.", min=1)
     ] = 64,
@@ -52,25 +55,46 @@ def agree(
     threads: Annotated[int, typer.Option(help="Threads that compute.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score the same prompts with an artifact and its reference: how far they are apart."""
-    from guard_quantization.export.agree import agreement, probe_prompts
+    """Score the same prompts by every kernel plan: how far each is from the reference."""
+    from guard_quantization.export import agree as scores
     from guard_quantization.export.reference import Reference
     from guard_service.artifact import load
+    from guard_service.engines.loading import plans_of
+    from guard_service.engines.plans import FP32
 
-    loaded, plain = load(artifact), Reference(reference, threads)
-    found = agreement(loaded, probe_prompts(loaded, prompts), plain.logits, plain.head, threads)
+    loaded = load(artifact)
+    asked = scores.probe_prompts(loaded, prompts)
+    if reference:
+        plain = Reference(reference, threads)
+        wanted = scores.reference_scores(loaded, asked, plain.logits, plain.head)
+    else:
+        wanted = scores.plan_scores(loaded, asked, FP32, threads)
+    plans = {
+        plan: scores.agreement(asked, scores.plan_scores(loaded, asked, plan, threads), wanted)
+        for plan in plans_of(loaded)
+        if reference or plan != FP32
+    }
+    found = {
+        "artifact": {"name": loaded.manifest.name, "digest": loaded.digest},
+        "reference": reference.name if reference else FP32,
+        "prompts": len(asked),
+        "plans": plans,
+    }
     typer.echo(json.dumps(found, indent=1) if as_json else _table(found))
-    if found["unsafe"]["max"] > most:
+    if any(plan["unsafe"]["max"] > most for plan in plans.values()):
         raise typer.Exit(1)
 
 
 def _table(found: dict[str, Any]) -> str:
-    unsafe, codes, verdicts = found["unsafe"], found["categories"], found["verdicts"]
     lines = [
-        f"{found['prompts']} prompts, absolute differences",
-        f"P(unsafe)   at most {unsafe['max']:.2e}, {unsafe['mean']:.2e} on average",
-        f"categories  at most {codes['max']:.2e}",
-        *(f"  {code:<4}      {most:.2e}" for code, most in codes["by_code"].items()),
-        f"verdicts    {verdicts['agree']:.1%} the same, {verdicts['differ']} not",
+        f"{found['prompts']} prompts, absolute differences from {found['reference']}",
+        "plan    P(unsafe) max      mean  category max  at  same verdict",
     ]
+    for name, plan in found["plans"].items():
+        unsafe, categories = plan["unsafe"], plan["categories"]
+        worst = max(categories["by_code"], key=lambda code: categories["by_code"][code])
+        lines.append(
+            f"{name:<8}{unsafe['max']:>13.2e}{unsafe['mean']:>10.2e}{categories['max']:>14.2e}"
+            f"  {worst:<4}{plan['verdicts']['agree']:>10.1%}"
+        )
     return "\n".join(lines)

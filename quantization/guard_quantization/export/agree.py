@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,38 +56,45 @@ def reference_score(
     return Scored(unsafe, tuple((unsafe * shares / shares.sum()).tolist()))
 
 
-def agreement(
-    artifact: Artifact,
-    prompts: Sequence[Prompt],
-    logits: Logits,
-    head: Sequence[int],
-    threads: int = 1,
-) -> dict[str, Any]:
-    """How far the artifact, in the engine that serves it, is from a reference, ready for JSON.
+def reference_scores(
+    artifact: Artifact, prompts: Sequence[Prompt], logits: Logits, head: Sequence[int]
+) -> list[Scored]:
+    """`reference_score` of every prompt."""
+    return [reference_score(artifact.manifest, prompt, logits, head) for prompt in prompts]
 
-    Differences are absolute; a verdict is P(unsafe) of at least one half. Raises ExportError,
-    EngineFailed.
-    """
-    engine = OnnxEngine(artifact, threads)
-    report = Report("compare", len(prompts))
-    apart, by_code, differ = [], dict[str, float](), 0
-    try:
+
+def plan_scores(
+    artifact: Artifact, prompts: Sequence[Prompt], plan: str, threads: int = 1
+) -> list[Scored]:
+    """What the engine that serves answers by a kernel plan. Raises EngineFailed."""
+    report = Report(f"scoring by {plan}", len(prompts))
+    with closing(OnnxEngine(artifact, threads, plan=plan)) as engine, closing(report):
+        scored = []
         for at, prompt in enumerate(prompts, 1):
             (found,) = engine.assess([prompt])
-            wanted = reference_score(artifact.manifest, prompt, logits, head)
-            score = found.assessment.unsafe_score
-            apart.append(abs(score - wanted.unsafe))
-            differ += (score >= 0.5) != (wanted.unsafe >= 0.5)
-            for code, known in zip(prompt.categories, wanted.categories, strict=True):
-                moved = abs(found.assessment.category_scores[code] - known)
-                by_code[code] = max(by_code.get(code, 0.0), moved)
+            codes = found.assessment.category_scores
+            categories = tuple(codes[code] for code in prompt.categories)
+            scored.append(Scored(found.assessment.unsafe_score, categories))
             report.at(at, "")
-    finally:
-        report.close()
-        engine.close()
+    return scored
+
+
+def agreement(
+    prompts: Sequence[Prompt], found: Sequence[Scored], wanted: Sequence[Scored]
+) -> dict[str, Any]:
+    """How far scores are from the wanted ones, ready for JSON.
+
+    Differences are absolute; a verdict is P(unsafe) of at least one half.
+    """
+    pairs = list(zip(found, wanted, strict=True))
+    apart = [abs(one.unsafe - other.unsafe) for one, other in pairs]
+    differ = sum((one.unsafe >= 0.5) != (other.unsafe >= 0.5) for one, other in pairs)
+    by_code: dict[str, float] = {}
+    for prompt, (one, other) in zip(prompts, pairs, strict=True):
+        scores = zip(prompt.categories, one.categories, other.categories, strict=True)
+        for code, score, known in scores:
+            by_code[code] = max(by_code.get(code, 0.0), abs(score - known))
     return {
-        "artifact": {"name": artifact.manifest.name, "digest": artifact.digest},
-        "prompts": len(prompts),
         "unsafe": {"max": max(apart), "mean": sum(apart) / len(apart)},
         "categories": {"max": max(by_code.values()), "by_code": by_code},
         "verdicts": {"agree": 1 - differ / len(prompts), "differ": differ},

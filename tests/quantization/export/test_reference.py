@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 
 from guard_quantization.__main__ import app
 from guard_quantization.checkpoint.streaming import load_llama
-from guard_quantization.export.agree import agreement, probe_prompts, reference_score
+from guard_quantization.export.agree import (
+    agreement,
+    plan_scores,
+    probe_prompts,
+    reference_score,
+    reference_scores,
+)
 from guard_quantization.export.decoder import ExportError, Precision
 from guard_quantization.export.hf import LLAMA_GUARD_3_1B, export_checkpoint
 from guard_quantization.export.reference import Reference, export_reference
@@ -53,8 +59,10 @@ class Torch:
 
 def test_the_fast_graph_scores_as_torch_does(checkpoint: Path, exact: Artifact) -> None:
     peer = Torch(checkpoint)
-    found = agreement(exact, probe_prompts(exact, 4), peer.logits, HEAD)
-    assert found["prompts"] == peer.rows == 4
+    prompts = probe_prompts(exact, 4)
+    wanted = reference_scores(exact, prompts, peer.logits, HEAD)
+    found = agreement(prompts, plan_scores(exact, prompts, "stored"), wanted)
+    assert len(prompts) == peer.rows == 4
     assert found["unsafe"]["max"] < 1e-4 and found["categories"]["max"] < 1e-4
     assert found["verdicts"] == {"agree": 1.0, "differ": 0}
     assert set(found["categories"]["by_code"]) == set(LLAMA_GUARD_3_1B.categories)
@@ -66,7 +74,9 @@ def test_another_model_does_not_agree(checkpoint: Path, exact: Artifact) -> None
     def reversed_logits(ids: Sequence[int]) -> NDArray[np.float32]:
         return -peer.logits(ids)
 
-    found = agreement(exact, probe_prompts(exact, 3), reversed_logits, HEAD)
+    prompts = probe_prompts(exact, 3)
+    wanted = reference_scores(exact, prompts, reversed_logits, HEAD)
+    found = agreement(prompts, plan_scores(exact, prompts, "stored"), wanted)
     assert found["unsafe"]["max"] > 0.1 and found["verdicts"]["differ"] > 0
 
 
@@ -83,6 +93,18 @@ def test_scores_are_those_of_their_definition(checkpoint: Path, exact: Artifact)
     assert scored.categories == pytest.approx((scored.unsafe / 4, scored.unsafe * 3 / 4))
     with pytest.raises(ExportError, match="no logits of token"):
         reference_score(exact.manifest, few, lambda ids: logits, HEAD[:3])
+
+
+def test_every_plan_is_held_against_fp32(checkpoint: Path) -> None:
+    folder = checkpoint.parent / "int4"
+    export_checkpoint(checkpoint, folder, precision=Precision(bits=4, block=16, embedding_bits=8))
+    asked = ["agree", str(folder), "--prompts", "3", "--json"]
+    told = CliRunner().invoke(app, asked)
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout[told.stdout.index("{") :])
+    assert found["reference"] == "fp32" and set(found["plans"]) == {"stored", "int8"}
+    assert 0 < found["plans"]["int8"]["unsafe"]["max"] < 0.05
+    assert CliRunner().invoke(app, [*asked, "--most", "0"]).exit_code == 1
 
 
 def test_without_optimum_the_export_says_what_to_install(tmp_path: Path, checkpoint: Path) -> None:
@@ -115,7 +137,8 @@ def test_optimums_export_is_the_reference(
         app, ["agree", str(exact.folder), str(out), "--prompts", "3", "--most", "1e-4", "--json"]
     )
     assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout[told.stdout.index("{") :])["verdicts"]["differ"] == 0
+    plans = json.loads(told.stdout[told.stdout.index("{") :])["plans"]
+    assert plans["stored"]["verdicts"]["differ"] == 0
     with pytest.raises(FileExistsError):
         export_reference(source, out)
     assert load(exact.folder).digest == exact.digest

@@ -108,7 +108,7 @@ class AsyncGuardClient:
         language: str = "",
         timeout_s: float | None = None,
     ) -> AsyncIterator[StreamOutcome]:
-        """See GuardClient.classify_stream; an error of `pieces` ends the stream and is raised."""
+        """See GuardClient.classify_stream."""
         start = calls.start_step(turns, policy, language)
         await self._learn()
         limit = self._terms.stream_timeout_s if timeout_s is None else timeout_s

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
-from guard_middleware import calls, errors
+from guard_middleware import calls, errors, stream_watch
 from guard_middleware.async_client import AsyncGuardClient
 from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import open_channel
@@ -19,6 +19,7 @@ from guard_middleware.errors import GuardError
 from guard_middleware.fallback import LEARN_TIMEOUT_S, Fallback
 from guard_middleware.retry import Attempts
 from guard_middleware.service_info import PolicyList, ServiceInfo, read_info, read_policies
+from guard_middleware.stream_watch import ThreadWatch
 from guard_middleware.terms import Terms
 from guard_middleware.turns import Turns, direction_of
 from guard_middleware.verdict import Outcome, StreamOutcome
@@ -116,8 +117,9 @@ class GuardClient:
     ) -> Iterator[StreamOutcome]:
         """Outcomes on a growing reply to `turns`, as they come; the last one has `final` set.
 
-        `pieces` is read in another thread. Never retried: a stream has a state. The deadline is for
-        the whole stream (`terms.stream_timeout_s`).
+        `pieces` is read in another thread. Never retried: a stream has a state. A verdict that was
+        asked for comes within `terms.timeout_s`, the whole stream takes `terms.stream_timeout_s` at
+        most, or `timeout_s`. An error of `pieces` ends the stream and is raised.
         """
         start = calls.start_step(turns, policy, language)
         self._learn()
@@ -173,11 +175,7 @@ class GuardClient:
         policy: str,
         timeout_s: float | None,
     ) -> Iterator[StreamOutcome]:
-        def steps() -> Iterator[guard_pb2.ClassifyStreamRequest]:
-            yield start
-            yield from map(calls.piece_step, pieces)
-            yield calls.end_step()
-
+        watch, broken = ThreadWatch(self._terms.timeout_s), list[Exception]()
         reader = calls.StreamReader()
         try:
             self._breaker.enter()
@@ -186,18 +184,44 @@ class GuardClient:
             return
         limit = self._terms.stream_timeout_s if timeout_s is None else timeout_s
         call = self._stub.ClassifyStream(
-            steps(), timeout=limit, metadata=tuple(self._terms.metadata)
+            _steps(start, pieces, watch, broken),
+            timeout=limit,
+            metadata=tuple(self._terms.metadata),
         )
-        try:
-            for reply in call:
-                self._breaker.settle(None)
-                yield reader.read(reply)
-            reader.finish()
-        except grpc.RpcError as failed:
-            broken_off = errors.from_rpc(cast(errors.RpcStatus, failed))
-            self._breaker.settle(broken_off)
-            yield reader.failed(broken_off, policy, self._fallback)
-        except GuardError as error:
-            yield reader.failed(error, policy, self._fallback)
-        finally:
-            call.cancel()
+        with watch.over(call):
+            try:
+                for reply in call:
+                    watch.hears(reply)
+                    self._breaker.settle(None)
+                    yield reader.read(reply)
+                reader.finish()
+            except grpc.RpcError as failed:
+                if broken:
+                    raise broken[0] from None
+                status = cast(errors.RpcStatus, failed)
+                broken_off = stream_watch.late() if watch.late else errors.from_rpc(status)
+                self._breaker.settle(broken_off)
+                yield reader.failed(broken_off, policy, self._fallback)
+            except GuardError as error:
+                self._breaker.settle(error)
+                yield reader.failed(error, policy, self._fallback)
+
+
+def _steps(
+    start: guard_pb2.ClassifyStreamRequest,
+    pieces: Iterable[Piece | str],
+    watch: ThreadWatch,
+    broken: list[Exception],
+) -> Iterator[guard_pb2.ClassifyStreamRequest]:
+    """The steps of a stream; when `pieces` fails, its error is `broken`'s, and ends the call."""
+    yield start
+    try:
+        for step in map(calls.piece_step, pieces):
+            watch.sends(step.piece)
+            yield step
+    except Exception as error:
+        broken.append(error)
+        raise
+    end = calls.end_step()
+    watch.sends(end.piece)
+    yield end

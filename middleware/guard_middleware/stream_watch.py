@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -12,48 +16,118 @@ from guard_api.v1 import guard_pb2
 from guard_middleware.errors import DeadlineExceeded
 
 
-class Watch:
-    """Knows what a stream's guard owes. For one event loop."""
+class Owed:
+    """What a stream's guard owes. `clock` is monotonic, in seconds."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_s = timeout_s
+        self._clock = clock
         self._sent = 0  # code points
         self._asked = -1  # up to where a verdict is wanted
         self._covered = -1
         self._since = 0.0
-        self._limit: asyncio.Timeout | None = None
 
     def sends(self, piece: guard_pb2.StreamPiece) -> None:
         """A step is about to be written."""
         self._sent += len(piece.text)
         if piece.check or piece.end:
             if self._asked <= self._covered:
-                self._since = asyncio.get_running_loop().time()
+                self._since = self._clock()
             # The end is answered even when nothing was said since the last verdict.
             self._asked = self._sent + piece.end
-            self._set()
+
+    def hears(self, reply: guard_pb2.ClassifyStreamResponse) -> None:
+        """A reply has come."""
+        self._covered = reply.covered_chars + reply.final
+        self._since = self._clock()
+
+    @property
+    def due(self) -> float | None:
+        """When the verdict that is owed is late; None while none is."""
+        return self._since + self._timeout_s if self._asked > self._covered else None
+
+
+class Watch:
+    """The deadlines of a stream that is read in the running event loop."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._owed = Owed(timeout_s, asyncio.get_running_loop().time)
+        self._limit: asyncio.Timeout | None = None
+
+    def sends(self, piece: guard_pb2.StreamPiece) -> None:
+        """A step is about to be written."""
+        self._owed.sends(piece)
+        if self._limit is not None:
+            self._limit.reschedule(self._owed.due)
 
     async def read(self, call: Any) -> guard_pb2.ClassifyStreamResponse | None:
         """The next reply, None at the end. Raises DeadlineExceeded."""
         try:
-            async with asyncio.timeout(None) as self._limit:
-                self._set()
+            async with asyncio.timeout_at(self._owed.due) as self._limit:
                 reply = await call.read()
         except TimeoutError:
-            raise DeadlineExceeded(
-                "a verdict of the stream did not come in time",
-                code=grpc.StatusCode.DEADLINE_EXCEEDED,
-            ) from None
+            raise late() from None
         finally:
             self._limit = None
         if reply is grpc.aio.EOF:
             return None
-        self._covered = reply.covered_chars + reply.final
-        self._since = asyncio.get_running_loop().time()
+        self._owed.hears(reply)
         answer: guard_pb2.ClassifyStreamResponse = reply
         return answer
 
-    def _set(self) -> None:
-        if self._limit is not None:
-            owes = self._asked > self._covered
-            self._limit.reschedule(self._since + self._timeout_s if owes else None)
+
+class ThreadWatch:
+    """The deadlines of a stream that is read by blocking: a thread cancels a call that is late."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.late = False
+        self._owed = Owed(timeout_s)
+        self._changed = threading.Condition()
+        self._over = False
+
+    def sends(self, piece: guard_pb2.StreamPiece) -> None:
+        """A step is about to be written."""
+        with self._changed:
+            self._owed.sends(piece)
+            self._changed.notify()
+
+    def hears(self, reply: guard_pb2.ClassifyStreamResponse) -> None:
+        """A reply has come."""
+        with self._changed:
+            self._owed.hears(reply)
+            self._changed.notify()
+
+    @contextmanager
+    def over(self, call: grpc.Call) -> Iterator[None]:
+        """Watch the call, and cancel it on leaving if that has not been done."""
+        thread = threading.Thread(
+            target=self._watch, args=(call,), name="guard-stream-watch", daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify()
+            call.cancel()
+            thread.join()
+
+    def _watch(self, call: grpc.Call) -> None:
+        with self._changed:
+            while not self._over:
+                due = self._owed.due
+                left_s = None if due is None else due - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    self.late = True
+                    break
+                self._changed.wait(left_s)
+        if self.late:
+            call.cancel()
+
+
+def late() -> DeadlineExceeded:
+    """The error of a verdict that is late."""
+    return DeadlineExceeded(
+        "a verdict of the stream did not come in time", code=grpc.StatusCode.DEADLINE_EXCEEDED
+    )

@@ -17,8 +17,7 @@ from guard_middleware.retry import Attempts, Retries
 class Terms:
     """How a client calls: times in seconds; clock and draw can be replaced in tests.
 
-    `timeout_s` is for one verdict, of a stream too (AsyncGuardClient only); `stream_timeout_s` for
-    a whole stream.
+    `timeout_s` is for one verdict, of a stream too; `stream_timeout_s` for a whole stream.
     """
 
     timeout_s: float = 10.0

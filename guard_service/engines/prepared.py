@@ -2,7 +2,8 @@
 
 A folder of the user's own keeps, for each (artifact, plan, onnxruntime, processor), a graph whose
 matrices are expanded and packed. onnxruntime maps that file into memory, so processes share it. It
-also keeps which plan was fastest here. All of it can be deleted at any time.
+also keeps which plan was fastest here. What was not used for longest goes when more comes. All of
+it can be deleted at any time: a process that has a graph mapped keeps it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import platform
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnxruntime
@@ -23,6 +25,10 @@ import onnxruntime
 LOG = logging.getLogger(__name__)
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 _CHOICE_BYTES = 4096
+_MOST_GRAPHS, _MOST_CHOICES = 4, 64
+_ABANDONED_S = 3600  # without a change: whoever was making a graph there is no more
+_DRAFT = ".making-"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Prepared:
@@ -32,10 +38,16 @@ class Prepared:
         self.folder = _private(folder) if folder is not None else None
 
     def graph(self, digest: str, plan: str) -> Path | None:
-        """The graph made ready, if there is one."""
+        """The graph made ready, if there is one; it counts as used now."""
         place = self._place(digest, plan)
-        found = place is not None and (place / GRAPH).is_file() and (place / DATA).is_file()
-        return place / GRAPH if place is not None and found else None
+        if place is None or not _own(place):
+            return None
+        try:
+            os.utime(place)
+        except OSError:  # another process has just removed it
+            return None
+        whole = (place / GRAPH).is_file() and (place / DATA).is_file()
+        return place / GRAPH if whole else None
 
     def make(self, digest: str, plan: str, write: Callable[[Path], None]) -> Path | None:
         """Let `write` make GRAPH and DATA in a folder, which then appears whole; None without one.
@@ -46,14 +58,16 @@ class Prepared:
         if place is None:
             return None
         try:
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".making-") as draft:
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=_DRAFT) as draft:
                 write(Path(draft))
                 if not place.exists():
                     os.rename(draft, place)
                     Path(draft).mkdir()  # for its own removal
         except OSError as error:
             LOG.warning("no graph made ready in %s: %s", place.parent, error.strerror)
-        return self.graph(digest, plan)
+        made = self.graph(digest, plan)
+        _evict(place.parent)
+        return made
 
     def drop(self, digest: str, plan: str) -> None:
         """Delete a graph that cannot be loaded."""
@@ -107,14 +121,57 @@ def _name(*parts: str) -> str:
 
 
 def _private(folder: Path) -> Path | None:
-    """The folder, made if need be; None when it is another's, or others may write into it."""
+    """The folder, made if need be; None when others own it, or may write into it or replace it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        folder = folder.resolve(strict=True)
+        safe = _own(folder) and all(map(_keeps, folder.parents))
     except OSError as error:
         LOG.info("nothing is kept in %s: %s", folder, error.strerror)
         return None
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not safe:
         LOG.warning("%s is not this user's alone; nothing is kept there or read from it", folder)
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+
+def _evict(folder: Path) -> None:
+    """Remove what was not used for longest, and drafts of processes that were killed."""
+    made = [path for path in folder.glob("*") if path.is_dir()]
+    drafts = [path for path in made if path.name.startswith(_DRAFT)]
+    gone = _oldest((path for path in made if path not in drafts), _MOST_GRAPHS)
+    gone += [path for path in drafts if time.time() - _used(path) > _ABANDONED_S]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _oldest(folder.glob("*.json"), _MOST_CHOICES):
+        path.unlink(missing_ok=True)
+
+
+def _own(path: Path) -> bool:
+    """Is it there, no link, this user's, and closed to what others write?"""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    plain = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
+    return plain and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
+
+
+def _keeps(folder: Path) -> bool:
+    """Is what this user has in a folder safe from being replaced? As in /tmp, others may add."""
+    found = folder.stat()
+    sticky = bool(found.st_mode & stat.S_ISVTX)
+    return found.st_uid in (0, os.geteuid()) and (sticky or not found.st_mode & _OTHERS_WRITE)
+
+
+def _oldest(paths: Iterable[Path], most: int) -> list[Path]:
+    """All but the `most` that were used last."""
+    return sorted(paths, key=_used, reverse=True)[most:]
+
+
+def _used(path: Path) -> float:
+    """When it was used, in seconds; 0 for what is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,79 @@ def test_a_folder_that_others_may_write_is_neither_read_nor_written(
     tmp_path.chmod(0o777)
     OnnxEngine(artifact, plan=INT8, prepared=Prepared(tmp_path)).self_test()
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_in_one_where_others_may_replace_it_is_not_used(tmp_path: Path, mode: int) -> None:
+    within = tmp_path / "between" / "prepared"
+    assert Prepared(within).folder == within
+    (tmp_path / "between").chmod(mode)
+    assert Prepared(within).folder is None
+    (tmp_path / "between").chmod(mode | 0o1000)  # as /tmp: others may add, but not replace
+    assert Prepared(within).folder == within
+
+
+def kept_graph(prepared: Prepared, name: str) -> Path:
+    """A folder of files that nobody loads."""
+
+    def write(folder: Path) -> None:
+        for file in (GRAPH, DATA):
+            (folder / file).write_bytes(name.encode())
+
+    made = prepared.make(name, INT8, write)
+    assert made is not None
+    return made.parent
+
+
+@pytest.mark.parametrize("trick", ["writable", "link"])
+def test_a_graph_that_others_could_have_put_there_is_not_used(tmp_path: Path, trick: str) -> None:
+    prepared = Prepared(tmp_path / "prepared")
+    place = kept_graph(prepared, "one")
+    if trick == "writable":
+        place.chmod(0o777)
+    else:
+        place.symlink_to(place.rename(tmp_path / "elsewhere"))
+    assert prepared.graph("one", INT8) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_what_another_user_owns_is_not_used(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path / "prepared")
+    os.chown(kept_graph(prepared, "one"), 12345, -1)
+    assert prepared.graph("one", INT8) is None
+    os.chown(tmp_path / "prepared", 12345, -1)
+    assert Prepared(tmp_path / "prepared").folder is None
+
+
+def test_graphs_that_were_not_used_for_longest_make_room_for_new_ones(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path)
+    places = {name: kept_graph(prepared, name) for name in "abcd"}
+    with (places["b"] / DATA).open("rb") as mapped:  # by a process that runs on
+        for age, name in enumerate("abcd", 1):
+            os.utime(places[name], (age, age))
+        assert prepared.graph("a", INT8)  # a is used, so b is now the oldest
+        kept_graph(prepared, "e")
+        assert {name for name in "abcde" if prepared.graph(name, INT8)} == {*"acde"}
+        assert mapped.read() == b"b"
+
+
+def test_drafts_of_killed_processes_go_and_those_at_work_stay(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path)
+    killed, at_work = tmp_path / ".making-killed", tmp_path / ".making-now"
+    for draft in (killed, at_work):
+        draft.mkdir()
+        (draft / DATA).write_bytes(b"half")
+    os.utime(killed, (1, 1))
+    kept_graph(prepared, "one")
+    assert not killed.exists() and at_work.exists()
+
+
+def test_choices_are_bounded(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path)
+    for number in range(70):
+        prepared.choose(str(number), 1, INT8, {})
+    kept_graph(prepared, "one")
+    assert len([*tmp_path.glob("*.json")]) == 64
 
 
 @pytest.mark.usefixtures("keep")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
+from dataclasses import replace
 
 from guard_middleware.asking import Ruling, rule
 from guard_middleware.bodies import Encoded, Gone, TooLarge, read_body, replaced
-from guard_middleware.context import Context, id_header, refused
+from guard_middleware.context import Context, id_header, in_force, refused
 from guard_middleware.formats.contract import Asked, Format, Unreadable
 from guard_middleware.messages import Message, Receive, Scope, Send, answer, is_last
 from guard_middleware.relay import Relay
+from guard_middleware.reports import report
 from guard_middleware.strict_json import Json, Malformed, dump, parse
 from guard_middleware.verdict import Outcome
 from guard_policies.assessment import Direction
-
-LOG = logging.getLogger(__name__)
 
 # What no longer holds of a body that was read and written again, and what would bring a packed or
 # a partial reply.
@@ -92,15 +91,16 @@ class Exchange:
                 self._relay.cancel()
 
     async def _serve(self, scope: Scope, body: bytes, left: asyncio.Task[None], send: Send) -> None:
-        settings = self._context.settings
+        settings = await in_force(self._context.settings, self._context.guard)
+        self._context = replace(self._context, settings=settings)
         try:
-            value = parse(body)
+            value = parse(body, folded=True)
             asked = self._format.read_request(scope["path"], value)
             body = dump(value)
         except (Malformed, Unreadable) as wrong:
             await self._invalid(send, 400, f"The request {wrong}.")
             return
-        if asked.unread and settings.unscannable == "block":
+        if asked.unread and settings.unscannable != "pass":
             await self._refuse(send, asked, "blocked_prompt")
             return
         relay = self._relay = Relay(self._context, self._format, asked, self._id)
@@ -148,22 +148,9 @@ class Exchange:
         await answer(send, given, id_header(self._id))
 
     def _report(self) -> None:
-        metrics, mode = self._context.metrics, self._context.settings.mode
-        metrics.exchanges.labels(self._format.name, self.result, mode).inc()
-        for way, one in self._outcomes:
-            if not one.judged:
-                metrics.unjudged.labels(way.value, type(one.error).__name__).inc()
-        LOG.info(
-            "exchange %s (%s): %s %s, verdicts %s",
-            self._id,
-            mode,
-            self._format.name,
-            self.result,
-            " ".join(
-                one.verdict_id if one.judged else type(one.error).__name__
-                for _, one in self._outcomes
-            ),
-        )
+        context = self._context
+        name, outcomes = self._format.name, self._outcomes
+        report(context.metrics, context.settings, self._id, name, self.result, outcomes)
 
 
 async def _left(receive: Receive) -> None:

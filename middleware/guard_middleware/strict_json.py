@@ -29,20 +29,21 @@ class Bounds:
 BOUNDS = Bounds()
 
 
-def parse(data: bytes, bounds: Bounds = BOUNDS) -> Json:
+def parse(data: bytes, bounds: Bounds = BOUNDS, *, folded: bool = False) -> Json:
     """The document's value. Raises Malformed.
 
     Refused besides what is no JSON: another encoding than UTF-8, a byte order mark, keys that occur
-    twice or differ in case only (some parsers take them for one), NaN and infinities, lone
-    surrogates, too deep nesting, too many values.
+    twice, NaN and infinities, lone surrogates, too deep nesting, too many values. With `folded`
+    keys that differ in case only count as the same one, as some backends take them.
     """
+    hook = _folded if folded else _object
     if sum(map(data.count, _STRUCTURE)) > bounds.items:
         raise Malformed(f"has more than {bounds.items} values")
     try:
         text = data.decode()
         if text.startswith("\ufeff"):
             raise Malformed("begins with a byte order mark")
-        value: Json = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value: Json = json.loads(text, object_pairs_hook=hook, parse_constant=_no_constant)
         if _SURROGATE.search(data):
             dump(value)
     except Malformed:
@@ -71,9 +72,15 @@ def dump(value: Json) -> bytes:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len({key.casefold() for key in found}) != len(pairs):
-        raise Malformed("has an object with a key twice, or twice but for its case")
+    if len(found) != len(pairs):
+        raise Malformed("has an object with a key twice")
     return found
+
+
+def _folded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key.casefold() for key, _ in pairs}) != len(pairs):
+        raise Malformed("has an object with a key twice, or twice but for its case")
+    return dict(pairs)
 
 
 def _no_constant(name: str) -> NoReturn:

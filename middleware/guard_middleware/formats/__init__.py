@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from guard_middleware.formats.bedrock import Bedrock
 from guard_middleware.formats.contract import Format
+from guard_middleware.formats.llama_cpp import LlamaCpp
 from guard_middleware.formats.llama_stack import LLAMA_STACK
 from guard_middleware.formats.ollama import OllamaChat, OllamaGenerate
 from guard_middleware.formats.openai_chat import OpenAIChat
@@ -20,4 +21,5 @@ FORMATS: tuple[Format, ...] = (
     Bedrock(),
     *LLAMA_STACK,
     Tgi(),
+    LlamaCpp(),
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from guard_middleware.formats.contract import Channel, Piece, Turn, Unreadable
 from guard_middleware.strict_json import Json, dump
+
+MOST_EACH = 128  # choices of one prompt
+MOST_CHOICES = 1024  # of all prompts together
+_MOST_REPEATED = 2**22  # code points that are judged again with every prompt, all told
 
 # Ids, names of models, dates, enumerations: what backends, not models, write.
 _PLAIN = re.compile(r"[\w.:/@+\-]{0,128}", re.ASCII)
@@ -83,6 +88,21 @@ def without(body: object, key: str, places: frozenset[int]) -> dict[str, Any]:
     return {**asked, key: [one for index, one in enumerate(members) if index not in places]}
 
 
+def images(value: object, place: str) -> list[dict[str, Any]]:
+    """Parts for a list of base64. Raises Unreadable for what a lenient decoder reads otherwise."""
+    parts: list[dict[str, Any]] = []
+    for index, one in enumerate(array(value, place)):
+        encoded = text(one, f"{place}[{index}]")
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except ValueError:
+            data = b""
+        if not data or base64.b64encode(data) != encoded.encode():
+            raise Unreadable(f"{place}[{index}] is not base64 as every decoder reads it")
+        parts.append({"type": "image", "data": data})
+    return parts
+
+
 def flag(value: object, place: str) -> bool:
     """The truth value at this place; an absent one is false."""
     if value is None:
@@ -106,6 +126,18 @@ def refuse_keys(body: Mapping[str, Any], keys: Collection[str]) -> None:
     for key in keys:
         if body.get(key) is not None:
             raise Unreadable(f"{key} cannot be judged and is not let through")
+
+
+def check_batch(
+    prompts: Sequence[Sequence[Turn]], choices: int, extra: Iterable[Turn], more: int = 0
+) -> None:
+    """Raises Unreadable for too many choices, and for too much that is judged with each prompt:
+    the `extra` turns, and `more` code points."""
+    if choices * len(prompts) > MOST_CHOICES:
+        raise Unreadable(f"asks for more than {MOST_CHOICES} choices")
+    repeated = more + sum(len(turn.content["content"]) for turn in extra)
+    if (len(prompts) - 1) * repeated > _MOST_REPEATED:
+        raise Unreadable("says too much that belongs to each of its prompts")
 
 
 def plain(value: Json) -> bool:

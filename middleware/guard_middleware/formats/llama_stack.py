@@ -63,6 +63,7 @@ class LlamaStack:
         if not prompts or not all(prompts):
             raise Unreadable(f"{self._key} is empty")
         extra = fields.extra_turns(asked, {self._key}, _CONTROLS)
+        fields.check_batch(prompts, 1, extra)
         return Asked(
             prompts=tuple((*extra, *prompt) for prompt in prompts),
             streams=not self._batch and fields.flag(asked.get("stream"), "stream"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -146,7 +145,9 @@ class OllamaGenerate(_Ollama):
         turns = list(_extra(asked, _READ_BY_GENERATE))
         if asked.get("system"):
             turns.append(_turn_of("system", _texts(asked, ("system",), "")))
-        parts = _texts(asked, ("prompt", "suffix"), "") + _images(asked.get("images"), "images")
+        parts = _texts(asked, ("prompt", "suffix"), "") + fields.images(
+            asked.get("images"), "images"
+        )
         context = fields.array(asked.get("context"), "context")
         turns.append(_turn_of("user", parts))
         return _asked(asked, tuple(turns), unread=("context",) if context else ())
@@ -233,7 +234,7 @@ def _turn(value: object, index: int) -> Turn:
     if role not in _ROLES:
         raise Unreadable(f"{place}.role is none of {', '.join(_ROLES)}")
     parts = _texts(message, _MESSAGE_TEXTS, f"{place}.")
-    parts += _images(message.get("images"), f"{place}.images")
+    parts += fields.images(message.get("images"), f"{place}.images")
     more: dict[str, Any] = {}
     call_id = fields.identifier(message.get("tool_call_id"), f"{place}.tool_call_id")
     if role == "tool":
@@ -251,20 +252,6 @@ def _turn_of(role: str, parts: list[dict[str, Any]], place: int | None = None, *
 def _texts(value: Mapping[str, Any], keys: Sequence[str], place: str) -> list[dict[str, Any]]:
     found = (fields.text(value.get(key), f"{place}{key}") for key in keys)
     return [{"type": "text", "text": text} for text in found if text]
-
-
-def _images(value: object, place: str) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for index, one in enumerate(fields.array(value, place)):
-        encoded = fields.text(one, f"{place}[{index}]")
-        try:
-            data = base64.b64decode(encoded, validate=True)
-        except ValueError:
-            data = b""
-        if not data or base64.b64encode(data) != encoded.encode():
-            raise Unreadable(f"{place}[{index}] is not base64 as every decoder reads it")
-        parts.append({"type": "image", "data": data})
-    return parts
 
 
 def _call(value: object, place: str) -> dict[str, Any]:

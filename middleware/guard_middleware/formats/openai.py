@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from guard_middleware.formats import fields, sse
@@ -41,6 +41,7 @@ REPLY_KEYS = fields.names(
     """
 )
 _LOGPROB_STRUCTURE = frozenset({"logprob"})
+_RANKED = ("top_logprobs", "top_probs")  # the second is llama.cpp's
 _MOST_RANKS = 32
 
 
@@ -72,6 +73,20 @@ def choice_index(choice: Mapping[str, Any]) -> int:
     return fields.count(choice.get("index"), "choices[].index", 0, 1023)
 
 
+def bare_ids(choices: Sequence[Any], pieces: Sequence[Piece]) -> list[Any]:
+    """The choices with ids of tokens and without text: where a backend holds back a part of the
+    text, ids run ahead of it, and nobody can judge them."""
+    said = {piece.channel.choice for piece in pieces}
+    return [one for one in choices if one.get("token_ids") and choice_index(one) not in said]
+
+
+def with_ids(reply: Mapping[str, Any], pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """The pieces of a whole reply. Raises Unreadable for ids of tokens without their text."""
+    if bare_ids(fields.array(reply.get("choices"), "choices"), pieces):
+        raise Unreadable("a choice has token ids without the text that they stand for")
+    return pieces
+
+
 def logprob_pieces(logprobs: object, message: Mapping[str, Any], index: int) -> Iterator[Piece]:
     """Texts of chosen tokens, unless they are the very text they belong to, and of alternatives: a
     channel for each rank, for that is how they are read."""
@@ -87,7 +102,7 @@ def logprob_pieces(logprobs: object, message: Mapping[str, Any], index: int) -> 
         same = chosen == message.get(name)
         for one in entries:
             yield from _entry(one, index, f"logprobs.{name}", known=same)
-            ranks = fields.array(one.get("top_logprobs"), "top_logprobs")
+            ranks = [rank for key in _RANKED for rank in fields.array(one.get(key), key)]
             if len(ranks) > _MOST_RANKS:
                 raise Unreadable("top_logprobs has too many entries")
             for rank, alternative in enumerate(ranks):
@@ -103,7 +118,7 @@ def _entry(entry: Mapping[str, Any], index: int, name: str, known: bool = False)
     spelled = entry.get("bytes")
     if spelled is not None and spelled != list(token.encode()):
         yield Piece(Channel(index, f"{name}.bytes"), _decoded(spelled))
-    rest = {k: v for k, v in entry.items() if k not in ("token", "bytes", "top_logprobs")}
+    rest = {k: v for k, v in entry.items() if k not in ("token", "bytes", *_RANKED)}
     yield from fields.other_pieces(rest, _LOGPROB_STRUCTURE, index, name)
 
 

@@ -68,7 +68,8 @@ class OpenAIChat:
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply."""
-        return tuple(_pieces(fields.obj(body, "the reply"), "message"))
+        reply = fields.obj(body, "the reply")
+        return openai.with_ids(reply, tuple(_pieces(reply, "message")))
 
     def open_stream(self, asked: Asked, content_type: str) -> ReplyStream:
         """A reader for one streamed reply."""
@@ -112,10 +113,17 @@ class ChatStream(sse.SseStream):
         if not frame.data or frame.data.strip() == b"[DONE]":
             return Event(frame.raw, value="[DONE]" if frame.data else None)
         chunk = fields.obj(parse(frame.data), "an event")
-        pieces = tuple(_pieces(chunk, "delta"))
+        pieces = tuple(self.pieces(chunk))
         choices = fields.array(chunk.get("choices"), "choices")
         ended = tuple(map(openai.choice_index, filter(_has_ended, choices)))
+        if bare := openai.bare_ids(choices, pieces):
+            kept = [{**one, "token_ids": None} if one in bare else one for one in choices]
+            return Event(sse.event(dump({**chunk, "choices": kept})), pieces, ended, chunk)
         return Event(frame.raw, pieces, ended, chunk)
+
+    def pieces(self, chunk: Mapping[str, Any]) -> Iterator[Piece]:
+        """Every text of a chunk."""
+        return _pieces(chunk, "delta")
 
     def released(self, event: Event) -> None:
         """Keep what a closing event has to repeat."""

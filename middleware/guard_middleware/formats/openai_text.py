@@ -10,7 +10,6 @@ from guard_middleware.formats.contract import (
     Answer,
     Asked,
     Channel,
-    Event,
     Piece,
     Refusal,
     ReplyStream,
@@ -18,14 +17,11 @@ from guard_middleware.formats.contract import (
     Unreadable,
 )
 from guard_middleware.formats.openai_chat import ChatStream
-from guard_middleware.strict_json import Json, dump, parse
+from guard_middleware.strict_json import Json, dump
 
 _READ = openai.LABELS | {"prompt", "suffix"}
 _MEDIA = fields.names("images image_data multi_modal_data multimodal_data")
 _KNOWN = openai.CONTROLS | openai.UNJUDGEABLE | _READ | _MEDIA
-_MOST_EACH = 128
-_MOST_CHOICES = 1024  # of all prompts together
-_MOST_REPEATED = 2**22  # code points that are judged again with every prompt, all told
 
 _REPLY_KEYS = openai.REPLY_KEYS
 _CHOICE_KEYS = fields.names(
@@ -55,12 +51,8 @@ class OpenAIText:
         prompts = tuple(
             (*extra, _turn(prompt, suffix)) for prompt in _prompts(asked.get("prompt"), unread)
         )
-        choices = max(1, fields.count(asked.get("n"), "n", 1, _MOST_EACH))
-        if choices * len(prompts) > _MOST_CHOICES:
-            raise Unreadable(f"asks for more than {_MOST_CHOICES} choices")
-        repeated = len(suffix) + sum(len(turn.content["content"]) for turn in extra)
-        if (len(prompts) - 1) * repeated > _MOST_REPEATED:
-            raise Unreadable("says too much that belongs to each of its prompts")
+        choices = max(1, fields.count(asked.get("n"), "n", 1, fields.MOST_EACH))
+        fields.check_batch(prompts, choices, extra, len(suffix))
         return Asked(
             prompts=prompts,
             streams=fields.flag(asked.get("stream"), "stream"),
@@ -75,7 +67,8 @@ class OpenAIText:
 
     def read_reply(self, asked: Asked, body: Json) -> Sequence[Piece]:
         """Every text of a whole reply; with `echo` the prompt is part of it."""
-        return tuple(_pieces(fields.obj(body, "the reply")))
+        reply = fields.obj(body, "the reply")
+        return openai.with_ids(reply, tuple(_pieces(reply)))
 
     def open_stream(self, asked: Asked, content_type: str) -> ReplyStream:
         """A reader for one streamed reply."""
@@ -102,18 +95,9 @@ class OpenAIText:
 class TextStream(ChatStream):
     """A streamed completion: a chat's, but for where its texts are."""
 
-    def read(self, frame: sse.Frame) -> Event:
-        """The event of a frame."""
-        if not frame.data or frame.data.strip() == b"[DONE]":
-            return super().read(frame)
-        chunk = fields.obj(parse(frame.data), "an event")
-        pieces = tuple(_pieces(chunk))
-        ended = tuple(
-            openai.choice_index(choice)
-            for choice in fields.array(chunk.get("choices"), "choices")
-            if choice.get("finish_reason") is not None
-        )
-        return Event(frame.raw, pieces, ended, chunk)
+    def pieces(self, chunk: Mapping[str, Any]) -> Iterator[Piece]:
+        """Every text of a chunk."""
+        return _pieces(chunk)
 
     def refuse(self, refusal: Refusal) -> bytes:
         """Every choice that was open ends with content_filter."""

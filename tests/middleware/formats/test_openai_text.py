@@ -19,6 +19,7 @@ from guard_middleware.formats.contract import Asked, Event, Refusal, Unreadable
 from guard_middleware.formats.openai_text import OpenAIText
 from guard_middleware.metrics import Metrics
 from guard_middleware.routes import Rule, routes
+from guard_middleware.strict_json import parse
 from guard_middleware.testing import FakeGuard, forbids
 from tests.middleware.asgi_calls import EVENTS, Backend, call, each, listening, sse
 from tests.middleware.formats.openai_text_speech import HEAD, PATH, chunk, chunks, reply
@@ -227,6 +228,7 @@ def test_log_probabilities_of_a_chat_are_read_too() -> None:
         reply("x", logprobs={"top_logprobs": ["x"]}),
         reply("x", logprobs=logprobs(["x"], {str(rank): -1.0 for rank in range(33)})),
         reply("x", audio="data:audio/wav;base64,AAAA"),
+        reply("x", "", token_ids=[1]),
     ],
 )
 def test_reply_that_cannot_be_judged_is_unreadable(body: Any) -> None:
@@ -234,7 +236,21 @@ def test_reply_that_cannot_be_judged_is_unreadable(body: Any) -> None:
         pieces_of(body)
 
 
+def test_alternatives_may_differ_in_case_only() -> None:
+    ranked = {" It": -0.1, " it": -0.2}
+    found = pieces_of(parse(json.dumps(reply("It", logprobs=logprobs([" It"], ranked))).encode()))
+    assert (0, "logprobs.top[1]", " it") in found
+
+
 # Streams.
+
+
+def test_token_ids_leave_with_their_text_only() -> None:
+    bare, told = chunk("", token_ids=[7]), chunk("Hi", token_ids=[8])
+    reader = OpenAIText().open_stream(asking(prompt="Hi"), EVENTS)
+    first, second = reader.feed(sse(bare, told, done=False))
+    assert json.loads(first.raw[6:]) == chunk("", token_ids=None)
+    assert second.raw == sse(told, done=False)
 
 
 def events_of(parts: list[bytes]) -> list[Event]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -95,6 +95,18 @@ async def judged(
         outcomes = await _outcomes(guard, [question.conversation for question in some])
         for pair in zip(some, outcomes, strict=True):
             yield pair
+
+
+async def reply_outcomes(
+    guard: Guard, prompt_of: Callable[[int], Conversation], pieces: Iterable[Piece]
+) -> AsyncIterator[Outcome]:
+    """Outcomes on a whole reply: one for each choice, in the light of what it answers."""
+    by_choice: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_choice.setdefault(piece.channel.choice, []).append(piece)
+    questions = (Question(answered(prompt_of(choice), said)) for choice, said in by_choice.items())
+    async for _, outcome in judged(guard, questions):
+        yield outcome
 
 
 async def _outcomes(guard: Guard, asked: Sequence[Conversation]) -> Sequence[Outcome]:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterable
 
-from guard_middleware.asking import Question, answered, conversation_of, judged
+from guard_middleware.asking import conversation_of, reply_outcomes
 from guard_middleware.bodies import (
     Encoded,
     TooLarge,
@@ -266,13 +266,7 @@ class Relay:
         return list(self._format.read_reply(self.asked, value))
 
     async def _judge(self, pieces: list[Piece]) -> None:
-        by_choice: dict[int, list[Piece]] = {}
-        for piece in pieces:
-            by_choice.setdefault(piece.channel.choice, []).append(piece)
-        questions = (
-            Question(answered(self._prompt_of(choice), said)) for choice, said in by_choice.items()
-        )
-        async for _, outcome in judged(self._context.guard, questions):
+        async for outcome in reply_outcomes(self._context.guard, self._prompt_of, pieces):
             self._screen.heard(outcome)
             if outcome.blocked:
                 return

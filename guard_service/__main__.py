@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from guard_policies.positions import PolicyError
@@ -20,7 +21,7 @@ from guard_service.config import FIELDS, TYPES, ConfigError, Loaded, Settings, l
 from guard_service.engines import Engine, EngineFailed, ModelCard
 from guard_service.errors import GuardServiceError
 from guard_service.logs import FIELDS as LOG_FIELDS
-from guard_service.server import GuardServer, engine_of, loaded_policies
+from guard_service.server import GuardServer, engines_of, loaded_policies
 
 LOG = logging.getLogger("guard_service")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -57,20 +58,21 @@ def _run(settings: Settings) -> int:
         policies = loaded_policies(settings)
     except PolicyError as error:
         return _fail("a policy is broken", [str(p) for p in error.problems], USAGE)
-    try:
-        engine = engine_of(settings)
-    except (ArtifactError, EngineFailed, OSError) as error:
-        return _fail("the model cannot be loaded", [str(error)], FAILED)
-    try:
-        return asyncio.run(_serve(settings, engine, policies))
-    except (GuardServiceError, EngineFailed, OSError) as error:
-        return _fail("the service cannot start", [str(error)], FAILED)
-    finally:
-        engine.close()
+    with ExitStack() as stack:
+        try:
+            first, second = stack.enter_context(engines_of(settings))
+        except (ArtifactError, EngineFailed, OSError) as error:
+            return _fail("the model cannot be loaded", [str(error)], FAILED)
+        try:
+            return asyncio.run(_serve(settings, first, second, policies))
+        except (GuardServiceError, EngineFailed, OSError) as error:
+            return _fail("the service cannot start", [str(error)], FAILED)
 
 
-async def _serve(settings: Settings, engine: Engine, policies: Mapping[str, Policy]) -> int:
-    server = GuardServer(settings, engine, policies)
+async def _serve(
+    settings: Settings, engine: Engine, second: Engine | None, policies: Mapping[str, Policy]
+) -> int:
+    server = GuardServer(settings, engine, policies, second)
     told = _on_signal()
     await server.start()
     _announce(server, settings, engine.card, sorted(policies))

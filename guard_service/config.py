@@ -35,6 +35,11 @@ class Settings:
     """Everything that can be set. `Settings()` is a working server on this machine alone."""
 
     model: str = _knob("starter", '"starter", "fake" (for tests) or the path of a model folder')
+    second_model: str = _knob(
+        "", "second guard of cascades, in this process: as --model; policies say when it decides"
+    )
+    second_guard: str = _knob("", "second guard of cascades on another server, as host:port")
+    second_guard_ca: Path | None = _knob(None, "its CA (PEM); without, the channel has no TLS")
     host: str = _knob("127.0.0.1", "this machine only, until you say otherwise; or unix:/path")
     port: int = _knob(50051, "gRPC's usual port; 0 takes any free one", 0, 65535)
     metrics_host: str = _knob("127.0.0.1", "where /metrics, /livez and /readyz listen")
@@ -150,9 +155,13 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield "tls_cert and tls_key go together: set both or neither"
     if settings.tls_client_ca and not settings.tls_cert:
         yield "tls_client_ca: needs tls_cert and tls_key too"
+    if settings.second_model and settings.second_guard:
+        yield "second_model and second_guard: a cascade has one second guard; set one of them"
+    if settings.second_guard_ca and not settings.second_guard:
+        yield "second_guard_ca: needs second_guard too"
     if settings.default_deadline_s > settings.max_deadline_s:
         yield "default_deadline_s: is over max_deadline_s"
-    for name in ("tls_cert", "tls_key", "tls_client_ca"):
+    for name in ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             yield f"{name}: {path} is not a file"

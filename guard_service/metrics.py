@@ -18,40 +18,32 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 ITEMS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
-    """The service's metrics in a registry of their own.
+class _Named:
+    """Makes metrics whose names begin with a prefix."""
 
-    Labels take few values: names of RPCs, codes and actions are fixed, policies and categories are
-    those that are loaded.
-    """
+    def __init__(self, prefix: str, registry: CollectorRegistry) -> None:
+        self._prefix = prefix
+        self.registry = registry
 
-    def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{self._prefix}_{name}", text, labels, registry=self.registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"guard_{name}", text, labels, registry=registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{self._prefix}_{name}", text, labels, registry=self.registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"guard_{name}", text, labels, registry=registry)
+    def _histogram(
+        self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
+    ) -> Histogram:
+        name = f"{self._prefix}_{name}"
+        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
-        def histogram(
-            name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
-        ) -> Histogram:
-            return Histogram(f"guard_{name}", text, labels, registry=registry, buckets=buckets)
 
-        self.requests = counter("requests", "Calls that ended.", "rpc", "code")
-        self.request_seconds = histogram("request_seconds", "Time of a whole call.", "rpc")
-        self.in_flight = gauge("in_flight", "Calls in progress.", "rpc")
-        self.verdicts = counter(
-            "verdicts", "Verdicts by what they say.", "action", "direction", "policy"
-        )
-        self.shadow_verdicts = counter(
-            "shadow_verdicts", "What policies in shadow mode would have done.", "action", "policy"
-        )
-        self.fired = counter("categories_fired", "Rules that fired.", "category", "direction")
-        self.errors = counter(
-            "judgement_errors", "Conversations that got no verdict, by reason.", "reason"
-        )
+class EngineMetrics(_Named):
+    """What one engine, its queue and its caches do. A second guard's have a prefix of their own."""
+
+    def __init__(self, prefix: str, registry: CollectorRegistry) -> None:
+        super().__init__(prefix, registry)
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self.tokenize_seconds = histogram("tokenize_seconds", "Assembling a prompt.")
         self.queue_seconds = histogram("queue_seconds", "Waiting for the engine.")
         self.inference_seconds = histogram("inference_seconds", "One run of the engine.")
@@ -70,6 +62,50 @@ class Metrics:
         )
         self.model_info = gauge(
             "model_info", "The loaded model.", "name", "digest", "engine", "template"
+        )
+
+
+class CascadeMetrics(_Named):
+    """How the two guards of a cascade share the work, and how the second does."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__("guard", registry)
+        self.tiers = self._counter(
+            "cascade_verdicts", "Verdicts of cascades, by who decided and why.", "tier", "reason"
+        )
+        self.second_seconds = self._histogram(
+            "second_seconds", "Asking the second guard, with and without an answer."
+        )
+        self.second_unable = self._counter(
+            "second_unable", "Questions that the second guard left open, by reason.", "reason"
+        )
+        self.second_answers = self._gauge(
+            "second_answers", "0 while the second guard is not asked, since it did not answer."
+        )
+
+
+class Metrics(EngineMetrics):
+    """The service's metrics in a registry of their own.
+
+    Labels take few values: names of RPCs, codes and actions are fixed, policies and categories are
+    those that are loaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("guard", CollectorRegistry())
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.requests = counter("requests", "Calls that ended.", "rpc", "code")
+        self.request_seconds = histogram("request_seconds", "Time of a whole call.", "rpc")
+        self.in_flight = gauge("in_flight", "Calls in progress.", "rpc")
+        self.verdicts = counter(
+            "verdicts", "Verdicts by what they say.", "action", "direction", "policy"
+        )
+        self.shadow_verdicts = counter(
+            "shadow_verdicts", "What policies in shadow mode would have done.", "action", "policy"
+        )
+        self.fired = counter("categories_fired", "Rules that fired.", "category", "direction")
+        self.errors = counter(
+            "judgement_errors", "Conversations that got no verdict, by reason.", "reason"
         )
         self.policy_info = gauge(
             "policy_info", "The loaded policies.", "name", "version", "digest", "mode"

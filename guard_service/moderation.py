@@ -31,7 +31,7 @@ from guard_service.errors import (
 from guard_service.errors import Unscannable as UnscannableError
 from guard_service.growing import Growing
 from guard_service.matching import asked_of, unknown_to, unsupported
-from guard_service.metrics import Metrics
+from guard_service.metrics import EngineMetrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
 
 LOG = logging.getLogger(__name__)
@@ -68,6 +68,9 @@ class Judgement:
     computed_tokens: int
     cached_tokens: int
     unknown_categories: tuple[str, ...]  # of the policy, not of the model: it was not asked
+    found: tuple[Decision, ...]  # of each window; `decision` is the gravest of them
+    tier: str = ""  # of a cascade, and why that tier decided
+    tier_reason: str = ""
 
 
 class Moderator:
@@ -81,7 +84,7 @@ class Moderator:
         default_policy: str,
         bounds: Bounds,
         cache_entries: int,
-        metrics: Metrics,
+        metrics: EngineMetrics,
     ) -> None:
         self.card = engine.card
         self.policies = dict(policies)
@@ -98,16 +101,19 @@ class Moderator:
         self._own = tuple(c for c in LLAMA_GUARD_3 if c.code in self.card.categories)
         metrics.cache_entries.set_function(lambda: len(self._cache))
 
-    def policy(self, name: str) -> Policy:
+    def policy(self, name: str, as_second: bool = False) -> Policy:
         """The policy of that name, the default one for an empty name.
 
-        Raises UnknownPolicy, and PolicyNotSupported when the model cannot serve it.
+        `as_second`: as the second guard of its cascade serves it. Raises UnknownPolicy, and
+        PolicyNotSupported when the model cannot serve it.
         """
         policy = self.policies.get(name or self.default_policy)
         if policy is None:
             raise UnknownPolicy("no policy of that name is loaded; ListPolicies lists them")
+        if as_second:
+            policy = policy.as_second()
         if problem := unsupported(policy, self.card):
-            raise _for_policy(PolicyNotSupported(problem), policy, None)
+            raise for_policy(PolicyNotSupported(problem), policy, None)
         return policy
 
     def growing(self) -> Growing:
@@ -128,7 +134,7 @@ class Moderator:
         `growing` holds what earlier calls for the same growing conversation computed. It changes
         what a verdict costs, not what it says.
         """
-        direction = _direction(conversation)
+        direction = direction_of(conversation)
         try:
             async with asyncio.timeout(timeout_s):
                 judgement = await self._judge(
@@ -138,15 +144,18 @@ class Moderator:
             error: GuardServiceError = DeadlineExceeded(
                 "the deadline passed before there was a verdict"
             )
-            raise self._counted(_for_policy(error, policy, direction)) from None
+            raise for_policy(error, policy, direction) from None
         except GuardServiceError as error:
-            raise self._counted(_for_policy(error, policy, direction)) from None
+            raise for_policy(error, policy, direction) from None
         self._count(judgement)
         return judgement
 
-    async def warm_up(self) -> None:
+    async def cards(self) -> tuple[ModelCard, ...]:
+        """The model that judges."""
+        return (self.card,)
+
+    async def warm_up(self, policy: Policy) -> None:
         """Judge a greeting in each direction, so that the first caller need not wait for it."""
-        policy = self.policy("")
         for role in (Role.USER, Role.ASSISTANT):
             greeting = Conversation((Message(role, (Text("Hello"),)),))
             built = await self._built(greeting, policy)
@@ -206,6 +215,7 @@ class Moderator:
             computed_tokens=0 if from_cache else sum(r.computed_tokens for r in ran.results),
             cached_tokens=0 if from_cache else sum(r.cached_tokens for r in ran.results),
             unknown_categories=unknown,
+            found=tuple(decisions),
         )
 
     async def _built(self, conversation: Conversation, policy: Policy) -> BuiltPrompt:
@@ -217,7 +227,7 @@ class Moderator:
             raise ConversationTooLong(
                 f"the conversation has more than {bounds.conversation_chars} characters; send less"
             )
-        direction = _direction(conversation)
+        direction = direction_of(conversation)
         asked = asked_of(policy, self.card, direction) if self.card.custom_categories else ()
         categories = asked or self._own
         try:
@@ -263,20 +273,8 @@ class Moderator:
         self._metrics.cache_hits.labels("joined" if joined else "miss").inc()
         return (Ran(ran.results, 0.0, 0.0), True) if joined else (ran, False)
 
-    def _counted(self, error: GuardServiceError) -> GuardServiceError:
-        self._metrics.errors.labels(error.reason).inc()
-        return error
-
     def _count(self, judgement: Judgement) -> None:
-        metrics, decision = self._metrics, judgement.decision
-        direction = judgement.built.direction.value
-        name = judgement.policy.name
-        metrics.verdicts.labels(decision.action.value, direction, name).inc()
-        if decision.shadow_action is not None:
-            metrics.shadow_verdicts.labels(decision.shadow_action.value, name).inc()
-        for outcome in decision.outcomes:
-            if outcome.fired:
-                metrics.fired.labels(outcome.category.code, direction).inc()
+        metrics = self._metrics
         metrics.tokenize_seconds.observe(judgement.tokenize_s)
         if judgement.built.prompts and not judgement.from_cache:
             metrics.queue_seconds.observe(judgement.queue_s)
@@ -299,7 +297,7 @@ def _unasked(built: BuiltPrompt) -> BuiltPrompt:
     return replace(built, prompts=(), windows=(), parts=parts)
 
 
-def _for_policy(
+def for_policy(
     error: GuardServiceError, policy: Policy, direction: Direction | None
 ) -> GuardServiceError:
     """The error with what the policy wants done then: the severer one of an unknown direction."""
@@ -309,7 +307,8 @@ def _for_policy(
     return error
 
 
-def _direction(conversation: Conversation) -> Direction:
+def direction_of(conversation: Conversation) -> Direction:
+    """RESPONSE if the last message is the assistant's."""
     last = conversation.messages[-1:]
     return Direction.RESPONSE if last and last[0].is_response else Direction.PROMPT
 

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,18 @@ from guard_api.v1 import guard_pb2_grpc
 from guard_policies.assessment import Direction
 from guard_policies.loader import builtin_policies, load_policies
 from guard_policies.schema import Policy
-from guard_service.batcher import Batcher
-from guard_service.batcher import Limits as QueueLimits
+from guard_service.cascade import Cascade
 from guard_service.config import Settings
-from guard_service.engines import Engine, open_engine
+from guard_service.engines import Engine, ModelCard, open_engine
+from guard_service.errors import PolicyNotSupported
 from guard_service.health import Health
+from guard_service.hosted import Hosted
 from guard_service.interceptors import SERVICE, Door, State
-from guard_service.matching import unknown_to, unsupported
-from guard_service.metrics import HttpServer, Metrics, Probes
-from guard_service.moderation import Bounds, Moderator
+from guard_service.judging import Judge
+from guard_service.matching import unknown_to
+from guard_service.metrics import CascadeMetrics, EngineMetrics, HttpServer, Metrics, Probes
+from guard_service.remote import RemoteGuard
+from guard_service.second import SecondGuard
 from guard_service.servicer import Servicer
 
 LOG = logging.getLogger(__name__)
@@ -45,41 +48,42 @@ PENDING_CALLS = 65_536
 class GuardServer:
     """One engine behind gRPC. All methods belong to one event loop."""
 
-    def __init__(self, settings: Settings, engine: Engine, policies: Mapping[str, Policy]) -> None:
-        """Raises UnknownPolicy or PolicyNotSupported when the default policy cannot be served."""
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        policies: Mapping[str, Policy],
+        second: Engine | None = None,
+    ) -> None:
+        """`second` is the engine of a second guard in this process, for policies with a cascade.
+
+        Raises UnknownPolicy or PolicyNotSupported when the default policy cannot be served, OSError
+        for a CA of the second guard that cannot be read.
+        """
         self.settings = settings
         self.address = ""
         self.metrics_port = 0
-        self._engine = engine
         self._metrics = Metrics()
         self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes)
         self._health = Health(("", SERVICE))
-        self.batcher = Batcher(
-            engine,
-            QueueLimits(
-                queue_items=settings.max_queue_items,
-                queue_tokens=settings.max_queue_tokens,
-                batch_items=settings.batch_items,
-                batch_tokens=settings.batch_tokens,
-                engine_timeout_s=settings.engine_timeout_s,
-            ),
-            on_health=self.worker_answers,
-            on_run=self._ran,
-        )
-        self._moderator = Moderator(
-            engine,
-            self.batcher,
-            policies,
-            settings.default_policy,
-            Bounds(settings.max_conversation_tokens, settings.max_conversation_chars),
-            settings.cache_entries,
-            self._metrics,
-        )
-        _check_policies(self._moderator)
+        self._first = Hosted(engine, settings, policies, self._metrics, self.worker_answers)
+        self.batcher = self._first.batcher
+        registry = self._metrics.registry
+        self._second: Hosted | None = None
+        self._remote: RemoteGuard | None = None
+        guard: SecondGuard | None = None
+        if second is not None:
+            metrics = EngineMetrics("guard_second", registry)
+            self._second = Hosted(second, settings, policies, metrics)
+            guard = SecondGuard(self._second.moderator, CascadeMetrics(registry))
+        elif settings.second_guard:
+            self._remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
+            guard = SecondGuard(self._remote, CascadeMetrics(registry))
+        self._judge = Cascade(self._first.moderator, guard, self._metrics)
+        _check_policies(self._judge, engine.card)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._live = True
-        self._crowded_out = 0
 
     async def start(self) -> None:
         """Bind, check the model against its golden prompts, then take calls.
@@ -93,11 +97,12 @@ class GuardServer:
         try:
             if self.settings.metrics:
                 self._http = self._serve_http()
-            self._server = await self._bound(Servicer(self._moderator, self.settings, started_at))
+            self._server = await self._bound(Servicer(self._judge, self.settings, started_at))
             await self._server.start()
-            self.batcher.start()
-            await asyncio.to_thread(self._engine.self_test)
-            await self._moderator.warm_up()
+            await self._first.start((self._judge.policy(""),))
+            if self._second is not None:
+                policies = self._judge.policies.values()
+                await self._second.start(one.as_second() for one in policies if one.cascade)
         except BaseException:
             await self.stop(0.0)
             raise
@@ -115,8 +120,11 @@ class GuardServer:
         if self._server is not None:
             await self._server.stop(FLUSH_S if grace_s else 0.0)
             self._server = None
-        await self.batcher.close()
-        self._moderator.close()
+        await self._first.close()
+        if self._second is not None:
+            await self._second.close()
+        if self._remote is not None:
+            await self._remote.close()
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
             self._http = None
@@ -158,13 +166,6 @@ class GuardServer:
     def worker_answers(self, healthy: bool) -> None:
         self._open(State.OPEN if healthy else State.STUCK)
 
-    def _ran(self, items: int, seconds: float) -> None:
-        self._metrics.batch_items.observe(items)
-        self._metrics.inference_seconds.observe(seconds)
-        crowded_out = self._engine.sessions_crowded_out
-        self._metrics.sessions_crowded_out.inc(crowded_out - self._crowded_out)
-        self._crowded_out = crowded_out
-
     def _serve_http(self) -> HttpServer:
         settings = self.settings
         probes = Probes(live=self._answers, ready=lambda: self._door.state is State.OPEN)
@@ -177,15 +178,11 @@ class GuardServer:
         return self._live and self._door.state is not State.STUCK
 
     def _describe(self, started_at: Timestamp) -> None:
-        card, metrics = self._engine.card, self._metrics
-        metrics.model_info.labels(card.name, card.digest, card.engine, card.template).set(1)
-        for policy in self._moderator.policies.values():
+        metrics = self._metrics
+        for policy in self._judge.policies.values():
             metrics.policy_info.labels(
                 policy.name, policy.version, policy.digest, policy.mode.value
             ).set(1)
-        metrics.queue_items.set_function(lambda: self.batcher.queued_items)
-        metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
-        metrics.session_bytes.set_function(lambda: self._engine.session_bytes)
         metrics.started.set(started_at.ToNanoseconds() / 1e9)
         metrics.ready.set(0)
 
@@ -195,14 +192,16 @@ def loaded_policies(settings: Settings) -> dict[str, Policy]:
     return {**builtin_policies(), **load_policies(settings.policies)}
 
 
-def _check_policies(moderator: Moderator) -> None:
+def _check_policies(judge: Judge, card: ModelCard) -> None:
     """Refuse a default policy that cannot be served, warn of others."""
-    moderator.policy("")
-    for policy in moderator.policies.values():
-        if problem := unsupported(policy, moderator.card):
+    judge.policy("")
+    for policy in judge.policies.values():
+        try:
+            judge.policy(policy.name)
+        except PolicyNotSupported as problem:
             LOG.warning("requests for it are refused: %s", problem)
             continue
-        unknown = {code for way in Direction for code in unknown_to(policy, moderator.card, way)}
+        unknown = {code for way in Direction for code in unknown_to(policy, card, way)}
         if unknown:
             LOG.info("policy %s: the model is not asked about %s", policy.name, sorted(unknown))
 
@@ -252,10 +251,23 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials:
     )
 
 
-def engine_of(settings: Settings) -> Engine:
-    """Load the model as set. Raises ArtifactError, EngineFailed or OSError."""
+@contextmanager
+def engines_of(settings: Settings) -> Iterator[tuple[Engine, Engine | None]]:
+    """The models as set, the second only where one is to be in this process; closed on leaving.
+
+    Raises ArtifactError, EngineFailed or OSError.
+    """
+    with ExitStack() as stack:
+        first = stack.enter_context(closing(_engine(settings, settings.model)))
+        second = None
+        if settings.second_model:
+            second = stack.enter_context(closing(_engine(settings, settings.second_model)))
+        yield first, second
+
+
+def _engine(settings: Settings, model: str) -> Engine:
     return open_engine(
-        settings.model,
+        model,
         settings.engine_threads,
         session_bytes=settings.session_bytes,
         plan=settings.kernel_plan,
@@ -277,13 +289,10 @@ def local_server(settings: Settings) -> Iterator[str]:
             tls_key=None,
             tls_client_ca=None,
         )
-        engine = engine_of(private)
-        try:
-            server = GuardServer(private, engine, loaded_policies(private))
+        with engines_of(private) as (engine, second):
+            server = GuardServer(private, engine, loaded_policies(private), second)
             with _in_thread(server):
                 yield server.address
-        finally:
-            engine.close()
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
 from guard_service import __version__
+from guard_service.cascade import FIRST, SECOND
 from guard_service.config import Settings
 from guard_service.errors import BatchTooLarge, GuardServiceError, InternalError
 from guard_service.interceptors import CALL
-from guard_service.moderation import Judgement, Moderator
+from guard_service.judging import Judge
+from guard_service.moderation import Judgement
 from guard_service.stream import StreamBounds, judged
 from guard_service.wire import (
     Sizes,
@@ -37,7 +39,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Servicer(guard_pb2_grpc.GuardServiceServicer):
     """GuardService."""
 
-    moderator: Moderator
+    judge: Judge
     settings: Settings
     started_at: Timestamp
 
@@ -65,9 +67,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         """Judge a reply while it grows."""
         settings = self.settings
         bounds = StreamBounds(self._sizes, settings.max_conversation_chars, settings.stream_idle_s)
-        verdicts = judged(
-            request_iterator, self.moderator, bounds, lambda: self._timeout_s(context)
-        )
+        verdicts = judged(request_iterator, self.judge, bounds, lambda: self._timeout_s(context))
         async with aclosing(verdicts):  # a caller who is gone holds nothing any more
             async for covered in verdicts:
                 CALL.get().note(covered.judgement)
@@ -81,10 +81,10 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         self, request: guard_pb2.ListPoliciesRequest, context: Context
     ) -> guard_pb2.ListPoliciesResponse:
         """The policies that requests may name."""
-        policies = sorted(self.moderator.policies.items())
+        policies = sorted(self.judge.policies.items())
         return guard_pb2.ListPoliciesResponse(
             policies=[policy_summary_of(policy) for _, policy in policies],
-            default_policy=self.moderator.default_policy,
+            default_policy=self.judge.default_policy,
         )
 
     async def GetInfo(
@@ -92,9 +92,11 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
     ) -> guard_pb2.GetInfoResponse:
         """What is running."""
         settings = self.settings
+        cards = await self.judge.cards()
+        tiers = (FIRST, SECOND) if len(cards) > 1 else ("",)
         return guard_pb2.GetInfoResponse(
             version=__version__,
-            models=[model_info_of(self.moderator.card)],
+            models=[model_info_of(card, tier) for card, tier in zip(cards, tiers, strict=True)],
             limits=guard_pb2.Limits(
                 max_message_bytes=settings.max_message_bytes,
                 max_batch_items=settings.max_batch_items,
@@ -106,9 +108,9 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         )
 
     async def _judge(self, request: guard_pb2.ClassifyRequest, timeout_s: float) -> Judgement:
-        policy = self.moderator.policy(request.policy)
+        policy = self.judge.policy(request.policy, request.as_second)
         conversation = conversation_of(request.conversation, self._sizes)
-        judgement = await self.moderator.judge(
+        judgement = await self.judge.judge(
             conversation, policy, request.language, timeout_s, request.no_cache
         )
         CALL.get().note(judgement)

@@ -14,7 +14,8 @@ from guard_service.errors import (
     GuardServiceError,
     InvalidStream,
 )
-from guard_service.moderation import Judgement, Moderator
+from guard_service.judging import Judge
+from guard_service.moderation import Judgement
 from guard_service.wire import Sizes, conversation_of
 
 PIECES_AHEAD = 64  # pieces read while a verdict is being made; then the caller has to wait
@@ -41,7 +42,7 @@ class Covered:
 
 
 async def judged(
-    steps: Steps, moderator: Moderator, bounds: StreamBounds, timeout_s: Callable[[], float]
+    steps: Steps, judge: Judge, bounds: StreamBounds, timeout_s: Callable[[], float]
 ) -> AsyncGenerator[Covered]:
     """Verdicts at the policy's cadence, where a piece asks for one, and on the whole reply.
 
@@ -50,11 +51,11 @@ async def judged(
     of order are InvalidStream, and so is a stream that closes before its end.
     """
     start = await _started(steps, bounds.idle_s)
-    policy = moderator.policy(start.policy)
+    policy = judge.policy(start.policy)
     conversation = conversation_of(start.conversation, bounds.sizes)
     queue: asyncio.Queue[guard_pb2.StreamPiece | GuardServiceError] = asyncio.Queue(PIECES_AHEAD)
     reader = asyncio.create_task(_read(steps, queue))
-    growing = moderator.growing()
+    growing = judge.growing()
     reply: list[str] = []
     chars = covered = 0
     try:
@@ -65,7 +66,7 @@ async def judged(
             if chars > bounds.reply_chars:
                 raise ConversationTooLong(f"the reply is over {bounds.reply_chars} characters")
             if last.check or last.end or chars - covered >= policy.stream.check_every_chars:
-                judgement = await moderator.judge(
+                judgement = await judge.judge(
                     with_reply(conversation, reply[0]),
                     policy,
                     start.language,

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_policies.assessment import Action, Direction
-from guard_policies.schema import Mode, Policy
+from guard_policies.schema import Mode, Policy, Unscannable
 from guard_service.conversation import (
     Conversation,
     Image,
@@ -25,11 +25,18 @@ from guard_service.errors import GuardServiceError, InvalidRequest
 from guard_service.moderation import Judgement
 from guard_service.prompt import PartReport
 
-ROLES: Mapping[int, Role] = {
-    guard_pb2.ROLE_USER: Role.USER,
-    guard_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
-    guard_pb2.ROLE_SYSTEM: Role.SYSTEM,
-    guard_pb2.ROLE_TOOL: Role.TOOL,
+ROLE_NUMBERS = {
+    Role.USER: guard_pb2.ROLE_USER,
+    Role.ASSISTANT: guard_pb2.ROLE_ASSISTANT,
+    Role.SYSTEM: guard_pb2.ROLE_SYSTEM,
+    Role.TOOL: guard_pb2.ROLE_TOOL,
+}
+ROLES: Mapping[int, Role] = {number: role for role, number in ROLE_NUMBERS.items()}
+ON_UNSCANNABLE = {
+    Unscannable.ALLOW: guard_pb2.ON_UNSCANNABLE_ALLOW,
+    Unscannable.FLAG: guard_pb2.ON_UNSCANNABLE_FLAG,
+    Unscannable.BLOCK: guard_pb2.ON_UNSCANNABLE_BLOCK,
+    Unscannable.ERROR: guard_pb2.ON_UNSCANNABLE_ERROR,
 }
 ACTIONS = {
     Action.ALLOW: verdict_pb2.ACTION_ALLOW,
@@ -111,6 +118,48 @@ def _image(image: guard_pb2.Image, place: str) -> Image:
             raise InvalidRequest(f"{place}.image.source: is not set; send data or uri")
 
 
+def kind_of(part: Part) -> str:
+    """The kind of a part, as coverage names it."""
+    match part:
+        case Text():
+            return "text"
+        case Image():
+            return "image"
+        case ToolCall():
+            return "tool_call"
+        case ToolResult():
+            return "tool_result"
+
+
+def message_of(conversation: Conversation) -> guard_pb2.Conversation:
+    """The conversation as the contract has it: what `conversation_of` reads."""
+    return guard_pb2.Conversation(
+        messages=[
+            guard_pb2.Message(role=ROLE_NUMBERS[turn.role], parts=map(_part_message, turn.parts))
+            for turn in conversation.messages
+        ]
+    )
+
+
+def _part_message(part: Part) -> guard_pb2.Part:
+    match part:
+        case Text():
+            return guard_pb2.Part(text=part.text)
+        case Image():
+            image = guard_pb2.Image(mime_type=part.mime_type)
+            if part.data is not None:
+                image.data = part.data
+            elif part.uri is not None:
+                image.uri = part.uri
+            return guard_pb2.Part(image=image)
+        case ToolCall():
+            call = guard_pb2.ToolCall(name=part.name, arguments=part.arguments, id=part.id)
+            return guard_pb2.Part(tool_call=call)
+        case ToolResult():
+            result = guard_pb2.ToolResult(text=part.text, tool_call_id=part.tool_call_id)
+            return guard_pb2.Part(tool_result=result)
+
+
 def verdict_of(judgement: Judgement) -> verdict_pb2.Verdict:
     """The verdict as the contract has it."""
     decision, built = judgement.decision, judgement.built
@@ -129,7 +178,12 @@ def verdict_of(judgement: Judgement) -> verdict_pb2.Verdict:
             for outcome in decision.outcomes
         ],
         direction=DIRECTIONS[built.direction],
-        model=verdict_pb2.ModelRef(name=judgement.model.name, digest=judgement.model.digest),
+        model=verdict_pb2.ModelRef(
+            name=judgement.model.name,
+            digest=judgement.model.digest,
+            tier=judgement.tier,
+            tier_reason=judgement.tier_reason,
+        ),
         policy=policy_ref_of(judgement.policy),
         coverage=_coverage(judgement),
         timing=_timing(judgement),
@@ -199,13 +253,17 @@ def policy_summary_of(policy: Policy) -> guard_pb2.PolicySummary:
         categories=[category.code for category in policy.categories],
         on_unavailable_prompt=ACTIONS[policy.on_unavailable(Direction.PROMPT)],
         on_unavailable_response=ACTIONS[policy.on_unavailable(Direction.RESPONSE)],
+        on_unscannable_prompt=ON_UNSCANNABLE[policy.on_unscannable(Direction.PROMPT)],
+        on_unscannable_response=ON_UNSCANNABLE[policy.on_unscannable(Direction.RESPONSE)],
+        refusals=policy.refusals,
+        check_every_chars=policy.stream.check_every_chars,
     )
 
 
-def model_info_of(card: ModelCard) -> guard_pb2.ModelInfo:
-    """What a loaded model is."""
+def model_info_of(card: ModelCard, tier: str = "") -> guard_pb2.ModelInfo:
+    """What a loaded model is, and its tier in a cascade."""
     return guard_pb2.ModelInfo(
-        model=verdict_pb2.ModelRef(name=card.name, digest=card.digest),
+        model=verdict_pb2.ModelRef(name=card.name, digest=card.digest, tier=tier),
         engine=card.engine,
         template=card.template,
         categories=card.categories,

@@ -13,6 +13,7 @@ from guard_policies.positions import Reader
 from guard_policies.schema import (
     DEFAULT_REFUSAL,
     DEFAULT_THRESHOLD,
+    Cascade,
     Policy,
     Rule,
     Unscannable,
@@ -30,7 +31,9 @@ def resolve(reader: Reader, draft: Draft) -> Policy:
     either = tuple(one for one in draft.wording if any(one in some for some in judged.values()))
     if not either:
         reader.report(draft.name_node, "the policy judges nothing: every category is off")
-    _check_languages(reader, draft, {category.code for category in either})
+    codes = {category.code for category in either}
+    _check_languages(reader, draft, codes)
+    _check_cascade(reader, draft, codes)
     policy = Policy(
         name=draft.name,
         version=draft.version,
@@ -48,6 +51,7 @@ def resolve(reader: Reader, draft: Draft) -> Policy:
         unavailable={one: _unavailable(draft, one, judged[one]) for one in Direction},
         unscannable={one: _unscannable(draft, one, judged[one]) for one in Direction},
         refusals={"": DEFAULT_REFUSAL} | dict(draft.refusals),
+        cascade=draft.cascade.cascade if draft.cascade else None,
     )
     return replace(policy, digest=_digest(policy))
 
@@ -55,7 +59,8 @@ def resolve(reader: Reader, draft: Draft) -> Policy:
 def describe(policy: Policy) -> dict[str, Any]:
     """The resolved policy as plain data (JSON-ready), for people and for its digest.
 
-    `rules` holds for each direction and language ("" is the base) the rules in order.
+    `rules` holds for each direction and language ("" is the base) the rules in order. `cascade` is
+    None without one.
     """
     return {
         "name": policy.name,
@@ -78,7 +83,19 @@ def describe(policy: Policy) -> dict[str, Any]:
         "on_unavailable": {one.value: policy.on_unavailable(one).value for one in Direction},
         "on_unscannable": {one.value: policy.on_unscannable(one).value for one in Direction},
         "stream": {"check_every_chars": policy.stream.check_every_chars},
+        "cascade": _described(policy.cascade) if policy.cascade else None,
         "refusal": dict(policy.refusals),
+    }
+
+
+def _described(cascade: Cascade) -> dict[str, Any]:
+    return {
+        "second": cascade.second,
+        "band": list(cascade.band) if cascade.band else None,
+        "categories": dict(cascade.categories),
+        "images": cascade.images,
+        "when_unable": cascade.when_unable.value,
+        "timeout_s": cascade.timeout_s,
     }
 
 
@@ -100,6 +117,8 @@ def _digest(policy: Policy) -> str:
     """Of the description, less what no verdict depends on: our own words on known categories."""
     meaning = describe(policy)
     del meaning["digest"]
+    if policy.cascade is None:
+        del meaning["cascade"]  # as it was before there were cascades
     for category in meaning["categories"]:
         if category["prompt_name"]:
             del category["description"]
@@ -167,6 +186,12 @@ def _unscannable(draft: Draft, direction: Direction, judged: tuple[Category, ...
         for one in judged
     )
     return max(wanted, key=lambda action: action.severity, default=Unscannable.ALLOW)
+
+
+def _check_cascade(reader: Reader, draft: Draft, judged: set[str]) -> None:
+    for code, key in (draft.cascade.keys if draft.cascade else {}).items():
+        if code not in judged:
+            reader.report(key, f"{code} is off, so no guard is asked about it")
 
 
 def _check_languages(reader: Reader, draft: Draft, judged: set[str]) -> None:

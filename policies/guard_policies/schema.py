@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from guard_policies.assessment import Action, Direction
@@ -55,6 +55,29 @@ class Stream:
     check_every_chars: int = 200
 
 
+class WhenUnable(Enum):
+    """What holds when the second guard cannot answer: the FIRST one's verdict, or an ERROR."""
+
+    FIRST = "first"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade:
+    """When a second guard decides instead of the first. Scores lie in [0, 1].
+
+    The second decides where the first's unsafe_score lies in `band` (both ends included), where
+    its score of a category reaches that of `categories`, and, with `images`, wherever there is one.
+    """
+
+    second: str = ANY_ENGINE  # name of the engine or model that must be the second, or "any"
+    band: tuple[float, float] | None = None
+    categories: Mapping[str, float] = field(default_factory=dict)
+    images: bool = True
+    when_unable: WhenUnable = WhenUnable.ERROR
+    timeout_s: float = 5.0
+
+
 @dataclass(frozen=True)
 class Policy:
     """What should happen with assessed messages. Made by the loader; immutable."""
@@ -72,6 +95,7 @@ class Policy:
     unavailable: Mapping[Direction, Action] = field(repr=False)
     unscannable: Mapping[Direction, Unscannable] = field(repr=False)
     refusals: Mapping[str, str] = field(repr=False)  # by lower-case tag; "" is the base
+    cascade: Cascade | None = None
 
     @property
     def custom(self) -> bool:
@@ -105,6 +129,12 @@ class Policy:
     def on_unscannable(self, direction: Direction) -> Unscannable:
         """What a part that no model could read leads to."""
         return self.unscannable[direction]
+
+    def as_second(self) -> Policy:
+        """What the second guard of its cascade serves: the same rules and digest, by itself."""
+        if self.cascade is None:
+            return self
+        return replace(self, engine=self.cascade.second, cascade=None)
 
     def refusal(self, language: str = "") -> str:
         """The text shown instead of a blocked message, in the language or the nearest there is."""

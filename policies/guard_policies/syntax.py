@@ -10,7 +10,16 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 from guard_policies.assessment import Action, Direction
 from guard_policies.positions import Entry, Reader, quote, suggest
-from guard_policies.schema import ANY_ENGINE, MIN_THRESHOLD, Mode, Stream, Unscannable, normal_tag
+from guard_policies.schema import (
+    ANY_ENGINE,
+    MIN_THRESHOLD,
+    Cascade,
+    Mode,
+    Stream,
+    Unscannable,
+    WhenUnable,
+    normal_tag,
+)
 from guard_policies.taxonomy import BY_CODE, Category
 
 OFF = "off"
@@ -22,6 +31,8 @@ CATEGORY_KEYS = ("name", "description", *SETTING_KEYS, *DIRECTION_KEYS)
 LANGUAGE_CATEGORY_KEYS = (*RULE_KEYS, *DIRECTION_KEYS)
 LANGUAGE_KEYS = (*LANGUAGE_CATEGORY_KEYS, "categories")
 STREAM_KEYS = ("check_every_chars",)
+CASCADE_KEYS = ("second", "band", "categories", "images", "when_unable", "timeout_s")
+CASCADE_TIMEOUT_S = (0.01, 300.0)
 ABOUT_KEYS = ("name", "version", "description", "mode", "engine")
 POLICY_KEYS = (
     *ABOUT_KEYS,
@@ -30,6 +41,7 @@ POLICY_KEYS = (
     "categories",
     "languages",
     "stream",
+    "cascade",
     "refusal",
 )
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -71,6 +83,14 @@ class LanguageDraft:
 
 
 @dataclass(frozen=True, slots=True)
+class CascadeDraft:
+    """What a policy says about its cascade, and where it names categories."""
+
+    cascade: Cascade
+    keys: Mapping[str, ScalarNode]
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """What a policy file says. Only complete if the reader has no problems."""
 
@@ -85,6 +105,7 @@ class Draft:
     categories: Mapping[str, Scope]
     languages: Mapping[str, LanguageDraft]
     stream: Stream
+    cascade: CascadeDraft | None
     refusals: Mapping[str, str]
 
 
@@ -108,6 +129,7 @@ def read_draft(reader: Reader, root: MappingNode) -> Draft:
         categories=categories,
         languages=_languages(reader, entries.get("languages"), codes),
         stream=_stream(reader, entries.get("stream")),
+        cascade=_cascade(reader, entries.get("cascade"), codes),
         refusals=_refusals(reader, entries.get("refusal")),
     )
 
@@ -143,6 +165,50 @@ def _stream(reader: Reader, entry: Entry | None) -> Stream:
     every = reader.table(entry.value, "stream", STREAM_KEYS).get("check_every_chars")
     chars = every and reader.integer(every.value, "check_every_chars", 1, 100_000)
     return Stream(chars) if chars else Stream()
+
+
+def _cascade(reader: Reader, entry: Entry | None, codes: tuple[str, ...]) -> CascadeDraft | None:
+    if entry is None:
+        return None
+    entries = reader.table(entry.value, "cascade", CASCADE_KEYS)
+    usual, found = Cascade(), {}
+    scores: dict[str, float] = {}
+    if (inner := entries.get("categories")) is not None:
+        found = reader.table(inner.value, "categories of the cascade", codes)
+        for code, one in found.items():
+            score = reader.number(one.value, f"the score of {code}", 0.0, 1.0)
+            scores[code] = 0.0 if score is None else score
+    flag = reader.flag(entries["images"].value, "images") if "images" in entries else None
+    images = usual.images if flag is None else flag
+    band = _band(reader, entries.get("band"))
+    if not ("band" in entries or found or images):
+        reader.report(entry.key, "the cascade never asks the second guard; give it a band")
+    unable = entries.get("when_unable")
+    word = unable and reader.word(unable.value, "when_unable", [one.value for one in WhenUnable])
+    limit = entries.get("timeout_s")
+    timeout_s = limit and reader.number(limit.value, "timeout_s", *CASCADE_TIMEOUT_S)
+    cascade = Cascade(
+        second=_name(reader, entries.get("second"), "second", ENGINE) or ANY_ENGINE,
+        band=band,
+        categories=scores,
+        images=images,
+        when_unable=WhenUnable(word) if word else usual.when_unable,
+        timeout_s=timeout_s or usual.timeout_s,
+    )
+    return CascadeDraft(cascade, {code: one.key for code, one in found.items()})
+
+
+def _band(reader: Reader, entry: Entry | None) -> tuple[float, float] | None:
+    if entry is None:
+        return None
+    before = len(reader.problems)
+    ends = [reader.number(one, "band", 0.0, 1.0) for one in reader.items(entry.value, "band")]
+    match ends:
+        case [float(low), float(high)] if low <= high:
+            return low, high
+    if len(reader.problems) == before:
+        reader.report(entry.value, "band must be two scores like [0.2, 0.8], the lower one first")
+    return None
 
 
 def _refusals(reader: Reader, entry: Entry | None) -> dict[str, str]:

@@ -30,13 +30,16 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
     async with AsyncExitStack() as stack:
 
         async def run(
-            engine: Engine | None = None, policies: tuple[str, ...] = (), **knobs: Any
+            engine: Engine | None = None,
+            policies: tuple[str, ...] = (),
+            second: Engine | None = None,
+            **knobs: Any,
         ) -> Running:
             engine = engine or FakeEngine()
             private: dict[str, Any] = {"host": f"unix:{tmp_path / 'socket'}", "metrics": False}
             own = {policy.name: policy for policy in map(parse_policy, policies)}
             server = GuardServer(
-                Settings(**(private | knobs)), engine, {**builtin_policies(), **own}
+                Settings(**(private | knobs)), engine, {**builtin_policies(), **own}, second
             )
             await server.start()
             stack.push_async_callback(server.stop, 0.0)

@@ -28,15 +28,19 @@ from guard_api.v1 import error_reason_pb2 as guard__api_dot_v1_dot_error__reason
 from guard_api.v1 import verdict_pb2 as guard__api_dot_v1_dot_verdict__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18guard_api/v1/guard.proto\x12\x0cguard_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fguard_api/v1/error_reason.proto\x1a\x1aguard_api/v1/verdict.proto\"7\n\x0c\x43onversation\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.guard_api.v1.Message\"N\n\x07Message\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.guard_api.v1.Role\x12!\n\x05parts\x18\x02 \x03(\x0b\x32\x12.guard_api.v1.Part\"\xa5\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x13.guard_api.v1.ImageH\x00\x12+\n\ttool_call\x18\x03 \x01(\x0b\x32\x16.guard_api.v1.ToolCallH\x00\x12/\n\x0btool_result\x18\x04 \x01(\x0b\x32\x18.guard_api.v1.ToolResultH\x00\x42\t\n\x07\x63ontent\"C\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\tB\x08\n\x06source\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"0\n\nToolResult\x12\x14\n\x0ctool_call_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"w\n\x0f\x43lassifyRequest\x12\x30\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x1a.guard_api.v1.Conversation\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08language\x18\x03 \x01(\t\x12\x10\n\x08no_cache\x18\x04 \x01(\x08\":\n\x10\x43lassifyResponse\x12&\n\x07verdict\x18\x01 \x01(\x0b\x32\x15.guard_api.v1.Verdict\"G\n\x14\x43lassifyBatchRequest\x12/\n\x08requests\x18\x01 \x03(\x0b\x32\x1d.guard_api.v1.ClassifyRequest\"F\n\x15\x43lassifyBatchResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.guard_api.v1.ClassifyResult\"o\n\x0e\x43lassifyResult\x12(\n\x07verdict\x18\x01 \x01(\x0b\x32\x15.guard_api.v1.VerdictH\x00\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.guard_api.v1.ItemErrorH\x00\x42\t\n\x07outcome\"U\n\tItemError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.guard_api.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"w\n\x15\x43lassifyStreamRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.guard_api.v1.StreamStartH\x00\x12*\n\x05piece\x18\x02 \x01(\x0b\x32\x19.guard_api.v1.StreamPieceH\x00\x42\x06\n\x04step\"a\n\x0bStreamStart\x12\x30\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x1a.guard_api.v1.Conversation\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08language\x18\x03 \x01(\t\"7\n\x0bStreamPiece\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05\x63heck\x18\x02 \x01(\x08\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x08\"f\n\x16\x43lassifyStreamResponse\x12&\n\x07verdict\x18\x01 \x01(\x0b\x32\x15.guard_api.v1.Verdict\x12\x15\n\rcovered_chars\x18\x02 \x01(\x04\x12\r\n\x05\x66inal\x18\x03 \x01(\x08\"\x15\n\x13ListPoliciesRequest\"]\n\x14ListPoliciesResponse\x12-\n\x08policies\x18\x01 \x03(\x0b\x32\x1b.guard_api.v1.PolicySummary\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x02 \x01(\t\"\xdd\x01\n\rPolicySummary\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.guard_api.v1.PolicyRef\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0e\n\x06shadow\x18\x03 \x01(\x08\x12\x12\n\ncategories\x18\x04 \x03(\t\x12\x33\n\x15on_unavailable_prompt\x18\x05 \x01(\x0e\x32\x14.guard_api.v1.Action\x12\x35\n\x17on_unavailable_response\x18\x06 \x01(\x0e\x32\x14.guard_api.v1.Action\"\x10\n\x0eGetInfoRequest\"\xa1\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x06models\x18\x02 \x03(\x0b\x32\x17.guard_api.v1.ModelInfo\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.guard_api.v1.Limits\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xeb\x01\n\tModelInfo\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.guard_api.v1.ModelRef\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08template\x18\x03 \x01(\t\x12\x12\n\ncategories\x18\x04 \x03(\t\x12\x15\n\rjudges_images\x18\x05 \x01(\x08\x12\x19\n\x11\x63ustom_categories\x18\x06 \x01(\x08\x12\x0e\n\x06notice\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x15\n\rwindow_tokens\x18\t \x01(\r\x12\x14\n\x0c\x63ustom_codes\x18\n \x03(\t\"\xa8\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fmax_batch_items\x18\x02 \x01(\r\x12\x1f\n\x17max_conversation_tokens\x18\x03 \x01(\r\x12\x14\n\x0cmax_messages\x18\x04 \x01(\r\x12\x33\n\x10\x64\x65\x66\x61ult_deadline\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x12\x0f\n\x0bROLE_SYSTEM\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x32\xb3\x03\n\x0cGuardService\x12I\n\x08\x43lassify\x12\x1d.guard_api.v1.ClassifyRequest\x1a\x1e.guard_api.v1.ClassifyResponse\x12X\n\rClassifyBatch\x12\".guard_api.v1.ClassifyBatchRequest\x1a#.guard_api.v1.ClassifyBatchResponse\x12_\n\x0e\x43lassifyStream\x12#.guard_api.v1.ClassifyStreamRequest\x1a$.guard_api.v1.ClassifyStreamResponse(\x01\x30\x01\x12U\n\x0cListPolicies\x12!.guard_api.v1.ListPoliciesRequest\x1a\".guard_api.v1.ListPoliciesResponse\x12\x46\n\x07GetInfo\x12\x1c.guard_api.v1.GetInfoRequest\x1a\x1d.guard_api.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18guard_api/v1/guard.proto\x12\x0cguard_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fguard_api/v1/error_reason.proto\x1a\x1aguard_api/v1/verdict.proto\"7\n\x0c\x43onversation\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.guard_api.v1.Message\"N\n\x07Message\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.guard_api.v1.Role\x12!\n\x05parts\x18\x02 \x03(\x0b\x32\x12.guard_api.v1.Part\"\xa5\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x13.guard_api.v1.ImageH\x00\x12+\n\ttool_call\x18\x03 \x01(\x0b\x32\x16.guard_api.v1.ToolCallH\x00\x12/\n\x0btool_result\x18\x04 \x01(\x0b\x32\x18.guard_api.v1.ToolResultH\x00\x42\t\n\x07\x63ontent\"C\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\tB\x08\n\x06source\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"0\n\nToolResult\x12\x14\n\x0ctool_call_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x8a\x01\n\x0f\x43lassifyRequest\x12\x30\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x1a.guard_api.v1.Conversation\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08language\x18\x03 \x01(\t\x12\x10\n\x08no_cache\x18\x04 \x01(\x08\x12\x11\n\tas_second\x18\x05 \x01(\x08\":\n\x10\x43lassifyResponse\x12&\n\x07verdict\x18\x01 \x01(\x0b\x32\x15.guard_api.v1.Verdict\"G\n\x14\x43lassifyBatchRequest\x12/\n\x08requests\x18\x01 \x03(\x0b\x32\x1d.guard_api.v1.ClassifyRequest\"F\n\x15\x43lassifyBatchResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.guard_api.v1.ClassifyResult\"o\n\x0e\x43lassifyResult\x12(\n\x07verdict\x18\x01 \x01(\x0b\x32\x15.guard_api.v1.VerdictH\x00\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.guard_api.v1.ItemErrorH\x00\x42\t\n\x07outcome\"U\n\tItemError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.guard_api.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"w\n\x15\x43lassifyStreamRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.guard_api.v1.StreamStartH\x00\x12*\n\x05piece\x18\x02 \x01(\x0b\x32\x19.guard_api.v1.StreamPieceH\x00\x42\x06\n\x04step\"a\n\x0bStreamStart\x12\x30\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x1a.guard_api.v1.Conversation\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08language\x18\x03 \x01(\t\"7\n\x0bStreamPiece\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05\x63heck\x18\x02 \x01(\x08\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x08\"f\n\x16\x43lassifyStreamResponse\x12&\n\x07verdict\x18\x01 \x01(\x0b\x32\x15.guard_api.v1.Verdict\x12\x15\n\rcovered_chars\x18\x02 \x01(\x04\x12\r\n\x05\x66inal\x18\x03 \x01(\x08\"\x15\n\x13ListPoliciesRequest\"]\n\x14ListPoliciesResponse\x12-\n\x08policies\x18\x01 \x03(\x0b\x32\x1b.guard_api.v1.PolicySummary\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x02 \x01(\t\"\xe0\x03\n\rPolicySummary\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.guard_api.v1.PolicyRef\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0e\n\x06shadow\x18\x03 \x01(\x08\x12\x12\n\ncategories\x18\x04 \x03(\t\x12\x33\n\x15on_unavailable_prompt\x18\x05 \x01(\x0e\x32\x14.guard_api.v1.Action\x12\x35\n\x17on_unavailable_response\x18\x06 \x01(\x0e\x32\x14.guard_api.v1.Action\x12:\n\x15on_unscannable_prompt\x18\x07 \x01(\x0e\x32\x1b.guard_api.v1.OnUnscannable\x12<\n\x17on_unscannable_response\x18\x08 \x01(\x0e\x32\x1b.guard_api.v1.OnUnscannable\x12;\n\x08refusals\x18\t \x03(\x0b\x32).guard_api.v1.PolicySummary.RefusalsEntry\x12\x19\n\x11\x63heck_every_chars\x18\n \x01(\r\x1a/\n\rRefusalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x10\n\x0eGetInfoRequest\"\xa1\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x06models\x18\x02 \x03(\x0b\x32\x17.guard_api.v1.ModelInfo\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.guard_api.v1.Limits\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xeb\x01\n\tModelInfo\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.guard_api.v1.ModelRef\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08template\x18\x03 \x01(\t\x12\x12\n\ncategories\x18\x04 \x03(\t\x12\x15\n\rjudges_images\x18\x05 \x01(\x08\x12\x19\n\x11\x63ustom_categories\x18\x06 \x01(\x08\x12\x0e\n\x06notice\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x15\n\rwindow_tokens\x18\t \x01(\r\x12\x14\n\x0c\x63ustom_codes\x18\n \x03(\t\"\xa8\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fmax_batch_items\x18\x02 \x01(\r\x12\x1f\n\x17max_conversation_tokens\x18\x03 \x01(\r\x12\x14\n\x0cmax_messages\x18\x04 \x01(\r\x12\x33\n\x10\x64\x65\x66\x61ult_deadline\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x12\x0f\n\x0bROLE_SYSTEM\x10\x03\x12\r\n\tROLE_TOOL\x10\x04*\x96\x01\n\rOnUnscannable\x12\x1e\n\x1aON_UNSCANNABLE_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_UNSCANNABLE_ALLOW\x10\x01\x12\x17\n\x13ON_UNSCANNABLE_FLAG\x10\x02\x12\x18\n\x14ON_UNSCANNABLE_BLOCK\x10\x03\x12\x18\n\x14ON_UNSCANNABLE_ERROR\x10\x04\x32\xb3\x03\n\x0cGuardService\x12I\n\x08\x43lassify\x12\x1d.guard_api.v1.ClassifyRequest\x1a\x1e.guard_api.v1.ClassifyResponse\x12X\n\rClassifyBatch\x12\".guard_api.v1.ClassifyBatchRequest\x1a#.guard_api.v1.ClassifyBatchResponse\x12_\n\x0e\x43lassifyStream\x12#.guard_api.v1.ClassifyStreamRequest\x1a$.guard_api.v1.ClassifyStreamResponse(\x01\x30\x01\x12U\n\x0cListPolicies\x12!.guard_api.v1.ListPoliciesRequest\x1a\".guard_api.v1.ListPoliciesResponse\x12\x46\n\x07GetInfo\x12\x1c.guard_api.v1.GetInfoRequest\x1a\x1d.guard_api.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'guard_api.v1.guard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2489
-  _globals['_ROLE']._serialized_end=2584
+  _globals['_POLICYSUMMARY_REFUSALSENTRY']._loaded_options = None
+  _globals['_POLICYSUMMARY_REFUSALSENTRY']._serialized_options = b'8\001'
+  _globals['_ROLE']._serialized_start=2768
+  _globals['_ROLE']._serialized_end=2863
+  _globals['_ONUNSCANNABLE']._serialized_start=2866
+  _globals['_ONUNSCANNABLE']._serialized_end=3016
   _globals['_CONVERSATION']._serialized_start=168
   _globals['_CONVERSATION']._serialized_end=223
   _globals['_MESSAGE']._serialized_start=225
@@ -49,40 +53,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_end=597
   _globals['_TOOLRESULT']._serialized_start=599
   _globals['_TOOLRESULT']._serialized_end=647
-  _globals['_CLASSIFYREQUEST']._serialized_start=649
-  _globals['_CLASSIFYREQUEST']._serialized_end=768
-  _globals['_CLASSIFYRESPONSE']._serialized_start=770
-  _globals['_CLASSIFYRESPONSE']._serialized_end=828
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=830
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=901
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=903
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=973
-  _globals['_CLASSIFYRESULT']._serialized_start=975
-  _globals['_CLASSIFYRESULT']._serialized_end=1086
-  _globals['_ITEMERROR']._serialized_start=1088
-  _globals['_ITEMERROR']._serialized_end=1173
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=1175
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=1294
-  _globals['_STREAMSTART']._serialized_start=1296
-  _globals['_STREAMSTART']._serialized_end=1393
-  _globals['_STREAMPIECE']._serialized_start=1395
-  _globals['_STREAMPIECE']._serialized_end=1450
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=1452
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1554
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1556
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1577
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1579
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1672
-  _globals['_POLICYSUMMARY']._serialized_start=1675
-  _globals['_POLICYSUMMARY']._serialized_end=1896
-  _globals['_GETINFOREQUEST']._serialized_start=1898
-  _globals['_GETINFOREQUEST']._serialized_end=1914
-  _globals['_GETINFORESPONSE']._serialized_start=1917
-  _globals['_GETINFORESPONSE']._serialized_end=2078
-  _globals['_MODELINFO']._serialized_start=2081
-  _globals['_MODELINFO']._serialized_end=2316
-  _globals['_LIMITS']._serialized_start=2319
-  _globals['_LIMITS']._serialized_end=2487
-  _globals['_GUARDSERVICE']._serialized_start=2587
-  _globals['_GUARDSERVICE']._serialized_end=3022
+  _globals['_CLASSIFYREQUEST']._serialized_start=650
+  _globals['_CLASSIFYREQUEST']._serialized_end=788
+  _globals['_CLASSIFYRESPONSE']._serialized_start=790
+  _globals['_CLASSIFYRESPONSE']._serialized_end=848
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=850
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=921
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=923
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=993
+  _globals['_CLASSIFYRESULT']._serialized_start=995
+  _globals['_CLASSIFYRESULT']._serialized_end=1106
+  _globals['_ITEMERROR']._serialized_start=1108
+  _globals['_ITEMERROR']._serialized_end=1193
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=1195
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=1314
+  _globals['_STREAMSTART']._serialized_start=1316
+  _globals['_STREAMSTART']._serialized_end=1413
+  _globals['_STREAMPIECE']._serialized_start=1415
+  _globals['_STREAMPIECE']._serialized_end=1470
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=1472
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1574
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1576
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1597
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1599
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1692
+  _globals['_POLICYSUMMARY']._serialized_start=1695
+  _globals['_POLICYSUMMARY']._serialized_end=2175
+  _globals['_POLICYSUMMARY_REFUSALSENTRY']._serialized_start=2128
+  _globals['_POLICYSUMMARY_REFUSALSENTRY']._serialized_end=2175
+  _globals['_GETINFOREQUEST']._serialized_start=2177
+  _globals['_GETINFOREQUEST']._serialized_end=2193
+  _globals['_GETINFORESPONSE']._serialized_start=2196
+  _globals['_GETINFORESPONSE']._serialized_end=2357
+  _globals['_MODELINFO']._serialized_start=2360
+  _globals['_MODELINFO']._serialized_end=2595
+  _globals['_LIMITS']._serialized_start=2598
+  _globals['_LIMITS']._serialized_end=2766
+  _globals['_GUARDSERVICE']._serialized_start=3019
+  _globals['_GUARDSERVICE']._serialized_end=3454
 # @@protoc_insertion_point(module_scope)

@@ -55,6 +55,42 @@ ROLE_TOOL: Role.ValueType  # 4
 """ROLE_TOOL is a tool's answer to the wrapped model; judged as input."""
 Global___Role: typing_extensions.TypeAlias = Role
 
+class _OnUnscannable:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OnUnscannableEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OnUnscannable.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ON_UNSCANNABLE_UNSPECIFIED: _OnUnscannable.ValueType  # 0
+    """ON_UNSCANNABLE_UNSPECIFIED is never sent; servers that do not know the field leave it so. Read
+    it as block.
+    """
+    ON_UNSCANNABLE_ALLOW: _OnUnscannable.ValueType  # 1
+    """ON_UNSCANNABLE_ALLOW lets it pass."""
+    ON_UNSCANNABLE_FLAG: _OnUnscannable.ValueType  # 2
+    """ON_UNSCANNABLE_FLAG lets it pass, recorded."""
+    ON_UNSCANNABLE_BLOCK: _OnUnscannable.ValueType  # 3
+    """ON_UNSCANNABLE_BLOCK blocks it."""
+    ON_UNSCANNABLE_ERROR: _OnUnscannable.ValueType  # 4
+    """ON_UNSCANNABLE_ERROR is a failed call in place of a verdict; not to be let pass either."""
+
+class OnUnscannable(_OnUnscannable, metaclass=_OnUnscannableEnumTypeWrapper):
+    """OnUnscannable is what is done with a message that has a part nobody can judge."""
+
+ON_UNSCANNABLE_UNSPECIFIED: OnUnscannable.ValueType  # 0
+"""ON_UNSCANNABLE_UNSPECIFIED is never sent; servers that do not know the field leave it so. Read
+it as block.
+"""
+ON_UNSCANNABLE_ALLOW: OnUnscannable.ValueType  # 1
+"""ON_UNSCANNABLE_ALLOW lets it pass."""
+ON_UNSCANNABLE_FLAG: OnUnscannable.ValueType  # 2
+"""ON_UNSCANNABLE_FLAG lets it pass, recorded."""
+ON_UNSCANNABLE_BLOCK: OnUnscannable.ValueType  # 3
+"""ON_UNSCANNABLE_BLOCK blocks it."""
+ON_UNSCANNABLE_ERROR: OnUnscannable.ValueType  # 4
+"""ON_UNSCANNABLE_ERROR is a failed call in place of a verdict; not to be let pass either."""
+Global___OnUnscannable: typing_extensions.TypeAlias = OnUnscannable
+
 @typing.final
 class Conversation(google.protobuf.message.Message):
     """Conversation is what is judged: the last message, in the light of those before it."""
@@ -223,6 +259,7 @@ class ClassifyRequest(google.protobuf.message.Message):
     POLICY_FIELD_NUMBER: builtins.int
     LANGUAGE_FIELD_NUMBER: builtins.int
     NO_CACHE_FIELD_NUMBER: builtins.int
+    AS_SECOND_FIELD_NUMBER: builtins.int
     policy: builtins.str
     """policy by name; empty means the server's default policy."""
     language: builtins.str
@@ -231,6 +268,10 @@ class ClassifyRequest(google.protobuf.message.Message):
     """
     no_cache: builtins.bool
     """no_cache asks for a fresh judgement and keeps the verdict out of the verdict cache."""
+    as_second: builtins.bool
+    """as_second asks for what the second guard of the policy's cascade says: the server's own model
+    then decides alone. Servers ask their second guards so.
+    """
     @property
     def conversation(self) -> Global___Conversation:
         """conversation to judge; must be set."""
@@ -242,9 +283,10 @@ class ClassifyRequest(google.protobuf.message.Message):
         policy: builtins.str = ...,
         language: builtins.str = ...,
         no_cache: builtins.bool = ...,
+        as_second: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["conversation", b"conversation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["conversation", b"conversation", "language", b"language", "no_cache", b"no_cache", "policy", b"policy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_second", b"as_second", "conversation", b"conversation", "language", b"language", "no_cache", b"no_cache", "policy", b"policy"]) -> None: ...
 
 Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
 
@@ -521,12 +563,32 @@ class PolicySummary(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class RefusalsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     POLICY_FIELD_NUMBER: builtins.int
     DESCRIPTION_FIELD_NUMBER: builtins.int
     SHADOW_FIELD_NUMBER: builtins.int
     CATEGORIES_FIELD_NUMBER: builtins.int
     ON_UNAVAILABLE_PROMPT_FIELD_NUMBER: builtins.int
     ON_UNAVAILABLE_RESPONSE_FIELD_NUMBER: builtins.int
+    ON_UNSCANNABLE_PROMPT_FIELD_NUMBER: builtins.int
+    ON_UNSCANNABLE_RESPONSE_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
+    CHECK_EVERY_CHARS_FIELD_NUMBER: builtins.int
     description: builtins.str
     """description in a sentence or two."""
     shadow: builtins.bool
@@ -535,6 +597,14 @@ class PolicySummary(google.protobuf.message.Message):
     """on_unavailable_prompt is what callers should do with a prompt that could not be judged."""
     on_unavailable_response: guard_api.v1.verdict_pb2.Action.ValueType
     """on_unavailable_response is what callers should do with a response that could not be judged."""
+    on_unscannable_prompt: Global___OnUnscannable.ValueType
+    """on_unscannable_prompt is what callers should do with a prompt of which no guard can read a
+    part, and what the server does where its own model cannot.
+    """
+    on_unscannable_response: Global___OnUnscannable.ValueType
+    """on_unscannable_response is the same for a response."""
+    check_every_chars: builtins.int
+    """check_every_chars is how many code points of a growing reply the server judges at a time."""
     @property
     def policy(self) -> guard_api.v1.verdict_pb2.PolicyRef:
         """policy name, version and digest."""
@@ -542,6 +612,12 @@ class PolicySummary(google.protobuf.message.Message):
     @property
     def categories(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """categories that the policy judges, by code."""
+
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """refusals is what to show in place of what was blocked, by BCP 47 tag in lower case; "" is
+        always there, for all other languages.
+        """
 
     def __init__(
         self,
@@ -552,9 +628,13 @@ class PolicySummary(google.protobuf.message.Message):
         categories: collections.abc.Iterable[builtins.str] | None = ...,
         on_unavailable_prompt: guard_api.v1.verdict_pb2.Action.ValueType = ...,
         on_unavailable_response: guard_api.v1.verdict_pb2.Action.ValueType = ...,
+        on_unscannable_prompt: Global___OnUnscannable.ValueType = ...,
+        on_unscannable_response: Global___OnUnscannable.ValueType = ...,
+        refusals: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        check_every_chars: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["categories", b"categories", "description", b"description", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "policy", b"policy", "shadow", b"shadow"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["categories", b"categories", "check_every_chars", b"check_every_chars", "description", b"description", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "on_unscannable_prompt", b"on_unscannable_prompt", "on_unscannable_response", b"on_unscannable_response", "policy", b"policy", "refusals", b"refusals", "shadow", b"shadow"]) -> None: ...
 
 Global___PolicySummary: typing_extensions.TypeAlias = PolicySummary
 

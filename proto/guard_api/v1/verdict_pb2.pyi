@@ -266,9 +266,13 @@ class ModelRef(google.protobuf.message.Message):
     digest: builtins.str
     """digest of the artifact: "sha256:" and hex."""
     tier: builtins.str
-    """tier of a cascade that decided; empty without a cascade."""
+    """tier of a cascade that decided, "first" or "second"; empty without a cascade."""
     tier_reason: builtins.str
-    """tier_reason says why that tier decided; empty without a cascade."""
+    """tier_reason says why that tier decided, in a fixed machine-readable spelling: "OUTSIDE_BAND"
+    (first: it was sure), "IN_BAND", "CATEGORY" or "IMAGE" (second), "SECOND_UNABLE" (first: the
+    second could not answer and the policy lets the first decide then), "POLICY_IS_OFF" (first: the
+    policy judges nothing in this direction); empty without a cascade.
+    """
     def __init__(
         self,
         *,

@@ -1,0 +1,81 @@
+"""A model in this process: its engine, the queue before it, and its road to a verdict."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+
+from guard_policies.schema import Policy
+from guard_service.batcher import Batcher
+from guard_service.batcher import Limits as QueueLimits
+from guard_service.config import Settings
+from guard_service.engines import Engine
+from guard_service.matching import unsupported
+from guard_service.metrics import EngineMetrics
+from guard_service.moderation import Bounds, Moderator
+
+
+class Hosted:
+    """What one loaded model needs to serve. For one event loop; the engine is the caller's."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        policies: Mapping[str, Policy],
+        metrics: EngineMetrics,
+        on_health: Callable[[bool], None] = lambda healthy: None,
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._crowded_out = 0
+        self.batcher = Batcher(
+            engine,
+            QueueLimits(
+                queue_items=settings.max_queue_items,
+                queue_tokens=settings.max_queue_tokens,
+                batch_items=settings.batch_items,
+                batch_tokens=settings.batch_tokens,
+                engine_timeout_s=settings.engine_timeout_s,
+            ),
+            on_health=on_health,
+            on_run=self._ran,
+        )
+        self.moderator = Moderator(
+            engine,
+            self.batcher,
+            policies,
+            settings.default_policy,
+            Bounds(settings.max_conversation_tokens, settings.max_conversation_chars),
+            settings.cache_entries,
+            metrics,
+        )
+        self._describe()
+
+    async def start(self, policies: Iterable[Policy]) -> None:
+        """Check the model against its golden prompts, then judge a greeting under a policy that it
+        serves, if there is one. Raises EngineFailed when it scores otherwise than recorded."""
+        self.batcher.start()
+        await asyncio.to_thread(self._engine.self_test)
+        served = (one for one in policies if not unsupported(one, self._engine.card))
+        if (policy := next(served, None)) is not None:
+            await self.moderator.warm_up(policy)
+
+    async def close(self) -> None:
+        """Fail what waits, end what runs."""
+        await self.batcher.close()
+        self.moderator.close()
+
+    def _ran(self, items: int, seconds: float) -> None:
+        self._metrics.batch_items.observe(items)
+        self._metrics.inference_seconds.observe(seconds)
+        crowded_out = self._engine.sessions_crowded_out
+        self._metrics.sessions_crowded_out.inc(crowded_out - self._crowded_out)
+        self._crowded_out = crowded_out
+
+    def _describe(self) -> None:
+        card, metrics = self._engine.card, self._metrics
+        metrics.model_info.labels(card.name, card.digest, card.engine, card.template).set(1)
+        metrics.queue_items.set_function(lambda: self.batcher.queued_items)
+        metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
+        metrics.session_bytes.set_function(lambda: self._engine.session_bytes)

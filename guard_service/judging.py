@@ -1,0 +1,50 @@
+"""What the contract's calls are answered by: one model's road to a verdict, or a cascade of two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from guard_policies.schema import Policy
+from guard_service.conversation import Conversation
+from guard_service.engines import ModelCard
+from guard_service.growing import Growing
+from guard_service.moderation import Judgement
+
+
+class Judge(Protocol):
+    """Judges conversations under named policies. For one event loop."""
+
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """By name."""
+        ...
+
+    @property
+    def default_policy(self) -> str:
+        """The name that an empty one means."""
+        ...
+
+    async def cards(self) -> Sequence[ModelCard]:
+        """The models that judge, the first guard's first."""
+        ...
+
+    def policy(self, name: str, as_second: bool = False) -> Policy:
+        """The policy of that name; raises UnknownPolicy or PolicyNotSupported."""
+        ...
+
+    def growing(self) -> Growing:
+        """For a conversation that is judged again and again while it grows; to be closed."""
+        ...
+
+    async def judge(
+        self,
+        conversation: Conversation,
+        policy: Policy,
+        language: str,
+        timeout_s: float,
+        no_cache: bool = False,
+        growing: Growing | None = None,
+    ) -> Judgement:
+        """Judge the last turn. Raises GuardServiceError when there is no verdict."""
+        ...

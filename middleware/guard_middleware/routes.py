@@ -10,14 +10,34 @@ from functools import cache
 
 from guard_middleware.formats.contract import Format
 
-# Health, models, metrics: nothing there was written by a model or is read by one.
-PASSES = (
+_SAFE_METHODS = ("GET", "HEAD")
+
+# Routes of the servers that no format reads. What passes for reading: health, models, metrics,
+# settings. Nothing there was written by a model, or is read by one.
+READ = (
     *("/", "/health", "/healthz", "/livez", "/readyz", "/health/ready", "/health/live", "/ping"),
     *("/metrics", "/version", "/info", "/load", "/docs", "/redoc", "/openapi.json", "/favicon.ico"),
     *("/v1", "/v1/health", "/v1/version", "/v1/models", "/v1/models/*", "/v1/models/*/*"),
-    *("/api/tags", "/api/version", "/api/ps", "/models"),
+    *("/api/tags", "/api/version", "/api/ps", "/models", "/props", "/lora-adapters"),
+    "/is_sleeping",
 )
-_SAFE_METHODS = ("GET", "HEAD")
+# What passes for POST: only numbers come back, or the caller's own text, or a model's card.
+POST = (
+    *("/tokenize", "/detokenize", "/apply-template", "/chat_tokenize", "/api/show"),
+    *("/v1/embeddings", "/embeddings", "/embedding", "/api/embed", "/api/embeddings", "/v2/embed"),
+    *("/score", "/v1/score", "/rerank", "/reranking", "/v1/rerank", "/v1/reranking", "/v2/rerank"),
+    "/classify",
+)
+# What is guarded besides `guarded`: it changes a server, shows what others ask of it, or runs a
+# model for answers that no format reads.
+GUARDED = (
+    *("/slots", "/slots/*", "/props", "/lora-adapters", "/models/load", "/models/unload"),
+    *("/models/sse", "/cors-proxy", "/audio/transcriptions"),
+    *("/sleep", "/wake_up", "/pause", "/resume", "/collective_rpc", "/abort_requests"),
+    *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/scale_elastic_ep"),
+    *("/update_weights", "/init_weight_transfer_engine", "/start_profile", "/stop_profile"),
+    *("/server_info", "/tokenizer_info", "/pooling", "/generative_scoring"),
+)
 # What servers disagree about.
 _ODD = re.compile(r"[%\\;\x00-\x1f\x7f]|/\.\.?(/|$)")
 _SEPARATORS = re.compile(r"[/\\;]+")
@@ -54,8 +74,9 @@ class Routes:
         if method == "OPTIONS":
             return Rule.UNTOUCHED
         rule = self._rule(path, plain, owned=owner is not None)
-        if method in _SAFE_METHODS and any(_matches(plain, one) for one in PASSES):
-            return Rule.UNTOUCHED if not self._odd(path) else rule
+        known = READ if method in _SAFE_METHODS else POST if method == "POST" else ()
+        if any(_matches(plain, one) for one in known) and not self._odd(path):
+            return Rule.UNTOUCHED
         return rule
 
     def find_socket(self, path: str, root: str = "") -> Rule:
@@ -80,14 +101,14 @@ class Routes:
         return _ODD.search(path) is not None and self._names_guarded(path)
 
     def _guarded(self, plain: str) -> bool:
-        return any(
+        return any(_matches(plain, one) for one in GUARDED) or any(
             one == "/" or plain == one or plain.startswith(f"{one}/") for one in self.guarded
         )
 
     def _names_guarded(self, path: str) -> bool:
         """Whether an odd path leads to a guarded one in anybody's reading."""
         segments = _SEPARATORS.sub("/", f"/{_unescaped(path)}/")
-        return any(one == "/" or f"{one}/" in segments for one in self.guarded)
+        return any(one == "/" or f"{one}/" in segments for one in (*self.guarded, *GUARDED))
 
 
 def _below(path: str, root: str) -> str:

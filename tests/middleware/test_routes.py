@@ -81,7 +81,6 @@ def test_owned_path_is_not_reached_by_another_method(method: str, path: str) -> 
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/embeddings",
         "/v1/unknown",
         "/v1/models/../unknown",
         "/v1/models/%2e%2e/unknown",
@@ -107,6 +106,64 @@ def test_unknown_guarded_path_is_refused(method: str, path: str) -> None:
 def test_health_models_and_metrics_pass_for_reading(path: str) -> None:
     assert found("GET", path) is found("HEAD", path) is Rule.UNTOUCHED
     assert found("POST", path, guarded=("/",)) is not Rule.UNTOUCHED
+
+
+# Routes that no format reads: the method that passes, if any does, and nothing else.
+KNOWN = {
+    # llama.cpp
+    **dict.fromkeys(("/props", "/lora-adapters", "/v1/health"), "GET"),
+    **dict.fromkeys(("/tokenize", "/detokenize", "/apply-template"), "POST"),
+    **dict.fromkeys(("/embedding", "/embeddings", "/v1/embeddings"), "POST"),
+    **dict.fromkeys(("/rerank", "/reranking", "/v1/rerank", "/v1/reranking"), "POST"),
+    **dict.fromkeys(("/slots", "/slots/0", "/models/load", "/models/unload", "/models/sse")),
+    **dict.fromkeys(("/cors-proxy", "/audio/transcriptions", "/v1/audio/transcriptions")),
+    **dict.fromkeys(("/v1/stream/7", "/v1/streams", "/v1/messages", "/v1/systemone")),
+    # vLLM
+    **dict.fromkeys(("/ping", "/load", "/version", "/is_sleeping"), "GET"),
+    **dict.fromkeys(("/score", "/v1/score", "/v2/rerank", "/v2/embed", "/classify"), "POST"),
+    **dict.fromkeys(("/sleep", "/wake_up", "/pause", "/resume", "/collective_rpc")),
+    **dict.fromkeys(("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")),
+    **dict.fromkeys(("/scale_elastic_ep", "/update_weights", "/init_weight_transfer_engine")),
+    **dict.fromkeys(("/abort_requests", "/start_profile", "/stop_profile", "/server_info")),
+    **dict.fromkeys(("/tokenizer_info", "/pooling", "/generative_scoring")),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/responses/7")),
+    **dict.fromkeys(("/inference/v1/generate", "/v1/audio/translations")),
+    # TGI
+    "/info": "GET",
+    "/chat_tokenize": "POST",
+    # Ollama
+    **dict.fromkeys(("/api/tags", "/api/ps", "/api/version"), "GET"),
+    **dict.fromkeys(("/api/show", "/api/embed", "/api/embeddings"), "POST"),
+    **dict.fromkeys(("/api/pull", "/api/push", "/api/create", "/api/delete", "/api/copy")),
+    "/api/blobs/sha256:7": None,
+}
+
+
+@pytest.mark.parametrize("path", KNOWN)
+def test_known_route_passes_with_its_method_only(path: str) -> None:
+    passes = {"GET": ("GET", "HEAD"), "POST": ("POST",), None: ()}[KNOWN[path]]
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+        in_application, in_sidecar = found(method, path), found(method, path, guarded=("/",))
+        if method in passes:
+            assert in_application is in_sidecar is Rule.UNTOUCHED
+        else:
+            assert in_sidecar is Rule.REFUSE
+            assert in_application is Rule.REFUSE or KNOWN[path] is not None
+        assert found(method, path, passes=(path,)) is Rule.UNTOUCHED
+
+
+@pytest.mark.parametrize("path", [path for path, method in KNOWN.items() if method is None])
+@pytest.mark.parametrize("trick", ["/health/..{}", "/{}/", "/health/%2e%2e{}", "{}/../health"])
+def test_no_spelling_of_a_guarded_route_passes(path: str, trick: str) -> None:
+    for spelled in (path, path.upper()):
+        assert found("GET", trick.format(spelled)) is Rule.REFUSE
+        assert found("POST", trick.format(spelled)) is Rule.REFUSE
+
+
+@pytest.mark.parametrize("path", ["/props", "/lora-adapters"])
+def test_settings_of_a_server_are_read_but_not_written(path: str) -> None:
+    assert found("POST", path) is Rule.REFUSE
+    assert found("POST", path, unknown="pass") is Rule.UNTOUCHED
 
 
 @pytest.mark.parametrize("path", ["/static/a.png", "/v10/x", "/apix", "/generated", "/a%20b"])

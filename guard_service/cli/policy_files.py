@@ -16,7 +16,7 @@ from guard_policies.loader import (
     load_policies,
     load_policy,
 )
-from guard_policies.schema import Policy
+from guard_policies.schema import Cascade, Policy
 from guard_service.cli import exits
 
 _USUAL_CASES = Path("policies/cases")
@@ -96,6 +96,21 @@ def _lines(policy: Policy) -> Iterator[str]:
             f"when it cannot read a part {policy.on_unscannable(direction).value}"
         )
         yield from _rule_lines(policy, direction)
+    if policy.cascade is not None:
+        yield ""
+        yield _cascade_line(policy.cascade)
+
+
+def _cascade_line(cascade: Cascade) -> str:
+    when = [f"from {score:g} of {code}" for code, score in cascade.categories.items()]
+    if cascade.band is not None:
+        when.insert(0, f"from {cascade.band[0]:g} to {cascade.band[1]:g}")
+    if cascade.images:
+        when.append("wherever there is an image")
+    return (
+        f"second guard ({cascade.second}): decides {', '.join(when)}; "
+        f"when it cannot in {cascade.timeout_s:g} s: {cascade.when_unable.value}"
+    )
 
 
 def _rule_lines(policy: Policy, direction: Direction) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from yaml.nodes import Node
 
 from guard_policies.assessment import Action, Assessment, Direction
+from guard_policies.cascade import Why, sent_up
 from guard_policies.decide import decide
 from guard_policies.loader import builtin_policies, load_policy, read_bytes
 from guard_policies.positions import Entry, PolicyError, Problem, Reader, quote, suggest
@@ -31,7 +32,9 @@ EXPECT_KEYS = (
     "on_unavailable",
     "on_unscannable",
     "refusal",
+    "sent_up",
 )
+STAYS = "no"  # said of what is not sent up
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +121,14 @@ def _found(case: Case) -> dict[str, Any]:
         return found
     decision = decide(policy, case.assessment, direction, case.language, case.unscannable)
     shadow = decision.shadow_action
+    why = sent_up(policy.cascade, [decision]) if policy.cascade else None
     return found | {
         "action": decision.action.value,
         "shadow_action": shadow.value if shadow else None,
         "fired": [one.category.code for one in decision.outcomes if one.fired],
         "joint": decision.joint,
         "unsafe_score": round(decision.unsafe_score, 9),
+        "sent_up": why.value if why else STAYS,
     }
 
 
@@ -215,6 +220,8 @@ def _wanted(reader: Reader, key: str, node: Node, policy: Policy) -> Any:
             return reader.number(node, key, 0.0, 1.0)
         case "refusal":
             return reader.text(node, key, 2000)
+        case "sent_up":
+            return reader.word(node, key, (STAYS, Why.IN_BAND.value, Why.CATEGORY.value))
         case "on_unscannable":
             return reader.word(node, key, [one.value for one in Unscannable])
         case _:

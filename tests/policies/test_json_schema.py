@@ -61,9 +61,14 @@ def test_schema_and_loader_know_the_same_keys_and_words() -> None:
     assert keys_of("language_category") == set(syntax.LANGUAGE_CATEGORY_KEYS)
     assert keys_of("language_settings") == set(syntax.RULE_KEYS)
     assert keys_of("stream") == set(syntax.STREAM_KEYS)
+    assert keys_of("cascade") == set(syntax.CASCADE_KEYS)
     assert tuple(SCHEMA["$defs"]["action"]["enum"]) == syntax.ACTIONS
     assert SCHEMA["$defs"]["threshold"]["minimum"] == MIN_THRESHOLD
     assert SCHEMA["properties"]["engine"]["pattern"] == f"^{syntax.ENGINE.pattern}$"
+    second = SCHEMA["$defs"]["cascade"]["properties"]["second"]
+    assert second["pattern"] == f"^{syntax.ENGINE.pattern}$"
+    timeout_s = SCHEMA["$defs"]["cascade"]["properties"]["timeout_s"]
+    assert (timeout_s["minimum"], timeout_s["maximum"]) == syntax.CASCADE_TIMEOUT_S
     assert SCHEMA["$defs"]["name"]["pattern"] == f"^{syntax.NAME.pattern}$"
 
 
@@ -91,6 +96,15 @@ def test_schema_and_loader_know_the_same_keys_and_words() -> None:
         "languages: {de: {on_unscannable: flag}}",
         "stream: {check_every_chars: 0}",
         "stream: {check_every_chars: 1.5}",
+        "cascade: {band: 0.5}",
+        "cascade: {band: [0.5]}",
+        "cascade: {band: [0, 1.1]}",
+        "cascade: {categories: {S4: 2}}",
+        "cascade: {images: false}",
+        "cascade: {images: false, categories: {}}",
+        "cascade: {when_unable: allow}",
+        "cascade: {timeout_s: 0}",
+        "cascade: {second: a b}",
         "refusal: ''",
         "refusal: {de: []}",
         "engine: a b",

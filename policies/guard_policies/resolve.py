@@ -52,6 +52,7 @@ def resolve(reader: Reader, draft: Draft) -> Policy:
         unscannable={one: _unscannable(draft, one, judged[one]) for one in Direction},
         refusals={"": DEFAULT_REFUSAL} | dict(draft.refusals),
         cascade=draft.cascade.cascade if draft.cascade else None,
+        image_uris=draft.image_uris,
     )
     return replace(policy, digest=_digest(policy))
 
@@ -84,6 +85,11 @@ def describe(policy: Policy) -> dict[str, Any]:
         "on_unscannable": {one.value: policy.on_unscannable(one).value for one in Direction},
         "stream": {"check_every_chars": policy.stream.check_every_chars},
         "cascade": _described(policy.cascade) if policy.cascade else None,
+        "image_uris": {
+            "hosts": list(policy.image_uris.hosts),
+            "ports": list(policy.image_uris.ports),
+            "schemes": list(policy.image_uris.schemes),
+        },
         "refusal": dict(policy.refusals),
     }
 
@@ -119,6 +125,8 @@ def _digest(policy: Policy) -> str:
     del meaning["digest"]
     if policy.cascade is None:
         del meaning["cascade"]  # as it was before there were cascades
+    if not policy.image_uris.hosts:
+        del meaning["image_uris"]  # nor images
     for category in meaning["categories"]:
         if category["prompt_name"]:
             del category["description"]

@@ -55,6 +55,15 @@ class Stream:
     check_every_chars: int = 200
 
 
+@dataclass(frozen=True, slots=True)
+class ImageUris:
+    """From where images may be fetched: from nowhere without hosts."""
+
+    hosts: tuple[str, ...] = ()  # names, or "*.example.org" for all names below that one
+    ports: tuple[int, ...] = (443,)
+    schemes: tuple[str, ...] = ("https",)
+
+
 class WhenUnable(Enum):
     """What holds when the second guard cannot answer: the FIRST one's verdict, or an ERROR."""
 
@@ -96,6 +105,7 @@ class Policy:
     unscannable: Mapping[Direction, Unscannable] = field(repr=False)
     refusals: Mapping[str, str] = field(repr=False)  # by lower-case tag; "" is the base
     cascade: Cascade | None = None
+    image_uris: ImageUris = ImageUris()
 
     @property
     def custom(self) -> bool:

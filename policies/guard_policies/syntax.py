@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from guard_policies.assessment import Action, Direction
+from guard_policies.image_uris import read_image_uris
 from guard_policies.positions import Entry, Reader, quote, suggest
 from guard_policies.schema import (
     ANY_ENGINE,
     MIN_THRESHOLD,
     Cascade,
+    ImageUris,
     Mode,
     Stream,
     Unscannable,
@@ -42,6 +44,7 @@ POLICY_KEYS = (
     "languages",
     "stream",
     "cascade",
+    "image_uris",
     "refusal",
 )
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -106,6 +109,7 @@ class Draft:
     languages: Mapping[str, LanguageDraft]
     stream: Stream
     cascade: CascadeDraft | None
+    image_uris: ImageUris
     refusals: Mapping[str, str]
 
 
@@ -130,6 +134,7 @@ def read_draft(reader: Reader, root: MappingNode) -> Draft:
         languages=_languages(reader, entries.get("languages"), codes),
         stream=_stream(reader, entries.get("stream")),
         cascade=_cascade(reader, entries.get("cascade"), codes),
+        image_uris=read_image_uris(reader, entries.get("image_uris")),
         refusals=_refusals(reader, entries.get("refusal")),
     )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from guard_quantization.evaluation.plan import EvaluatePlan
     from guard_service.evaluation.scores import Scores
 
-_MODEL = '"starter", an artifact folder or a checkpoint folder'
+_MODEL = '"starter", an artifact folder (FOLDER@PLAN: by that kernel plan) or a checkpoint folder'
 Model = Annotated[str, typer.Argument(help=f"Who judges: {_MODEL}.")]
 Fpr = Annotated[
     float | None,

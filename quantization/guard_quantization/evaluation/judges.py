@@ -26,6 +26,7 @@ from guard_quantization.checkpoint.tensors import (
 from guard_quantization.evaluation.evaluate import Judge
 from guard_quantization.stages import digest
 from guard_service.engines import Assessed, ModelCard, open_engine
+from guard_service.engines.plans import PLANS, STORED
 from guard_service.prompt import Prompt, PromptBuilder
 
 
@@ -97,19 +98,28 @@ def open_judge(
 ) -> Judge:
     """A checkpoint folder, or what `open_engine` takes, once it has passed its self test.
 
-    `template` and `window_tokens` are of a checkpoint; an artifact knows its own. Raises
-    ExportError, ArtifactError, EngineFailed.
+    `template` and `window_tokens` are of a checkpoint; an artifact knows its own, and may be named
+    with a kernel plan: `FOLDER@int8`. Raises ExportError, ArtifactError, EngineFailed.
     """
-    if (Path(name) / "config.json").is_file():
-        return CheckpointJudge(Path(name), template, window_tokens)
-    engine = open_engine(name, threads)
+    model, plan = _planned(name)
+    if (Path(model) / "config.json").is_file():
+        return CheckpointJudge(Path(model), template, window_tokens)
+    engine = open_engine(model, threads, plan=plan)
     engine.self_test()
     return engine
 
 
 def judge_digest(name: str | Path) -> str:
     """What tells whether `open_judge` opens the same model."""
-    if Path(name).is_dir():
-        return digest(Path(name))
-    with closing(open_engine(name)) as engine:
-        return engine.card.digest
+    model, plan = _planned(name)
+    if Path(model).is_dir():
+        found = digest(Path(model))
+    else:
+        with closing(open_engine(model)) as engine:
+            found = engine.card.digest
+    return found if plan == STORED else f"{plan}-{found.removeprefix('sha256:')}"
+
+
+def _planned(name: str | Path) -> tuple[str, str]:
+    model, _, plan = str(name).rpartition("@")
+    return (model, plan) if model and plan in PLANS else (str(name), STORED)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper
 
-from guard_quantization.export.graph import DATA_FILE, Graph, Tensors
+from guard_quantization.export.graph import DATA_FILE, ROTARY, Graph, Tensors
 from guard_quantization.export.int4 import Blocks, stack
 from guard_quantization.export.layers import (
     Linear,
@@ -46,6 +46,7 @@ __all__ = ["MODEL_FILE", "ExportError", "Precision", "Shape", "Weights", "export
 Floats = NDArray[np.float32]
 MODEL_FILE = graph_file(STORED)
 EMBEDDING, HEAD = "embedding", "lm_head"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 _OPSET = 18
 _IR_VERSION = 9
 
@@ -192,7 +193,7 @@ class _Store:
     def all(self, head: Sequence[int] | None) -> None:
         """Every tensor that the graphs use."""
         s = self.shape
-        name = "model.embed_tokens.weight"
+        name = EMBEDDING_WEIGHT
         table = self._take(name, s.vocab, s.hidden)
         self.matrices[EMBEDDING] = store_table(self.tensors, name, table, self.precision)
         del table  # the largest of all
@@ -238,7 +239,7 @@ class _Store:
         return weight
 
     def _head_rows(self, head: Sequence[int] | None) -> Floats:
-        name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
+        name = EMBEDDING_WEIGHT if self.shape.tied else "lm_head.weight"
         matrix = self.weights[name]
         if isinstance(matrix, Blocks):  # a tied table: the few rows that are read are float again
             matrix = matrix.dequantize()
@@ -298,7 +299,7 @@ class _Decoder:
         zero, one = g.scalar(0, np.int64), g.scalar(1, np.int64)
         own = g.op("Range", past, g.op("Add", past, length), one)  # positions: [L]
         place = g.op("Unsqueeze", g.op("Cast", own, to=TensorProto.FLOAT), g.ints(1))
-        angles = g.op("Mul", place, g.floats("rotary", [self.shape.frequencies]))  # [L, d/2]
+        angles = g.op("Mul", place, g.floats(ROTARY, [self.shape.frequencies]))  # [L, d/2]
         self.cos, self.sin = g.op("Cos", angles), g.op("Sin", angles)
         seen = g.op("Range", zero, g.op("Add", past, length), one)  # [P + L]
         self.mask = self._masked(seen, own, 1)  # [group * L, P + L]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 DATA_FILE = "model.onnx.data"
+ROTARY = "rotary"  # name of the angles of positions
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph
 _ALIGNMENT = 64
 

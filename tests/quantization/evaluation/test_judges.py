@@ -12,8 +12,10 @@ from guard_quantization.evaluation.evaluate import score_rows
 from guard_quantization.evaluation.judges import CheckpointJudge, judge_digest, open_judge
 from guard_quantization.export.decoder import ExportError, Precision
 from guard_quantization.export.hf import export_checkpoint
+from guard_service.artifact import ArtifactError
 from tests.quantization.evaluation.test_stage import data
 from tests.quantization.tiny_llama import saved, tiny_llama
+from tests.service.tiny_artifact import tiny_artifact
 
 
 def test_checkpoint_and_its_exact_artifact_give_the_same_scores(tmp_path: Path) -> None:
@@ -36,3 +38,12 @@ def test_folder_that_is_no_checkpoint_is_refused_with_its_name(tmp_path: Path) -
     (tmp_path / "llama" / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ExportError, match="llama"):
         open_judge(tmp_path / "llama")
+
+
+def test_an_artifact_judges_by_the_plan_it_is_named_with(tmp_path: Path) -> None:
+    place = tiny_artifact(tmp_path / "at@home").folder
+    assert judge_digest(f"{place}@stored") == judge_digest(place) != judge_digest(f"{place}@int8")
+    with closing(open_judge(place)) as stored, closing(open_judge(f"{place}@int8")) as int8:
+        assert (stored.card.plan, int8.card.plan) == ("stored", "int8")
+    with pytest.raises(ArtifactError, match="at@other"):
+        open_judge(tmp_path / "at@other")

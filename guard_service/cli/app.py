@@ -8,6 +8,7 @@ import typer
 
 from guard_service.cli.bench import bench
 from guard_service.cli.bulk import bulk
+from guard_service.cli.cascade import cascade
 from guard_service.cli.check import check
 from guard_service.cli.eval import evaluate
 from guard_service.cli.info import info
@@ -26,6 +27,7 @@ app.command()(check)
 app.command()(bulk)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(cascade)
 app.command()(info)
 app.command()(policies)
 app.add_typer(policy, name="policy")

@@ -1,0 +1,110 @@
+"""guardctl cascade: files of scores in, a band and its figures out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from guard_service.cli.app import app
+
+RUN = CliRunner()
+ROWS = (  # unsafe, the first guard's score, the second's
+    (False, 0.1, 0.1),
+    (False, 0.2, 0.1),
+    (True, 0.4, 0.9),
+    (False, 0.6, 0.2),
+    (True, 0.8, 0.9),
+    (True, 0.9, 0.9),
+)
+
+
+def write(path: Path, lines: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def scored(path: Path, model: str, scores: list[float | None]) -> str:
+    judge = {"model": model, "model_digest": "1", "policy": "p@1", "policy_digest": "2"}
+    return write(
+        path,
+        [
+            {"id": f"r{at}", "action": None, "unsafe_score": None, "scores": {}, "error": "X: y"}
+            if score is None
+            else {
+                "id": f"r{at}",
+                "action": "block" if score >= 0.5 else "allow",
+                "unsafe_score": score,
+                "scores": {"S1": score},
+                "error": None,
+                **judge,
+            }
+            for at, score in enumerate(scores)
+        ],
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    rows: list[dict[str, object]] = [
+        {
+            "id": f"r{at}",
+            "messages": [{"role": "user", "content": "x"}],
+            "label": "unsafe" if unsafe else "safe",
+            "split": "dev",
+        }
+        for at, (unsafe, _, _) in enumerate(ROWS)
+    ]
+    return [
+        write(tmp_path / "rows.jsonl", rows),
+        scored(tmp_path / "first.jsonl", "small", [first for _, first, _ in ROWS]),
+        scored(tmp_path / "second.jsonl", "large", [second for *_, second in ROWS]),
+    ]
+
+
+def test_the_report_has_both_guards_the_band_and_the_curve(
+    files: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "report.json"
+    result = RUN.invoke(
+        app, ["cascade", *files, "--split", "dev", "--json", "--out", str(out), "--tolerance", "0"]
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads(out.read_text())
+    assert report["format"] == "guard-cascade/1" and report["data"]["rows"] == 6
+    assert report["judges"]["second"][0]["model"] == "large"
+    assert report["cascade"]["band"] == [0.3, 0.7]
+    assert report["cascade"]["sent"] == pytest.approx(1 / 3)
+    assert report["first"]["recall"] == pytest.approx(2 / 3)
+    assert report["first"]["intervals"]["recall"] == pytest.approx([0.2077, 0.9385], abs=1e-3)
+    assert report["curve"][0]["band"] is None and report["curve"][-1]["recall"] == 1.0
+
+
+def test_people_see_the_piece_for_their_policy(files: list[str]) -> None:
+    shown = RUN.invoke(app, ["cascade", *files], env={"COLUMNS": "120"}).stdout
+    assert "cascade:\n  band: [0.3, 0.7]\n" in shown
+    assert "first: small 1, p@1" in shown and "33.3%" in shown
+
+
+def test_rows_that_one_guard_did_not_judge_are_left_out_and_told(
+    files: list[str], tmp_path: Path
+) -> None:
+    scored(tmp_path / "second.jsonl", "large", [None, *(second for *_, second in ROWS[1:])])
+    report = json.loads(RUN.invoke(app, ["cascade", *files, "--json"]).stdout)
+    assert report["data"]["rows"] == 5 and report["data"]["not_judged"] == 1
+
+
+def test_files_of_other_rows_are_refused(files: list[str], tmp_path: Path) -> None:
+    scored(tmp_path / "second.jsonl", "large", [0.1] * 5)
+    result = RUN.invoke(app, ["cascade", *files])
+    assert result.exit_code == 2 and "it holds 5 of 6 rows" in result.stderr
+
+
+def test_a_report_is_not_written_over(files: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    out.write_text("mine")
+    result = RUN.invoke(app, ["cascade", *files, "--out", str(out)])
+    assert result.exit_code == 2 and out.read_text() == "mine"

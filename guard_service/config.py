@@ -64,6 +64,14 @@ class Settings:
     max_messages: int = _knob(1_000, "turns of one conversation", 1, 1_000_000)
     max_parts: int = _knob(4_000, "parts of one conversation, all turns together", 1, 1_000_000)
 
+    max_images: int = _knob(16, "images of one conversation; each is a run of the model", 1, 4_000)
+    max_image_bytes: int = _knob(8 * MIB, "one encoded image, sent or fetched", 1, 2**31 - 1)
+    max_image_pixels: int = _knob(16 * MIB, "one decoded image; phones take 12 million", 1, 2**28)
+    image_bytes: int = _knob(1024 * MIB, "of all images that are decoded and not yet judged", 1)
+    image_workers: int = _knob(2, "processes that decode, each one image at a time", 1, 64)
+    image_timeout_s: float = _knob(10.0, "decoding one image; then its process is killed", 0.1, 300)
+    fetch_timeout_s: float = _knob(5.0, "fetching one image, where a policy allows it", 0.1, 300)
+
     max_calls: int = _knob(1_024, "calls in progress; the rest is refused at once", 1, 1_000_000)
     max_call_bytes: int = _knob(256 * MIB, "bytes of all requests in progress", 1024)
     max_queue_items: int = _knob(1_024, "prompts waiting for the engine", 1, 1_000_000)

@@ -10,6 +10,7 @@ from guard_service.batcher import Batcher
 from guard_service.batcher import Limits as QueueLimits
 from guard_service.config import Settings
 from guard_service.engines import Engine
+from guard_service.images.reading import image_reader
 from guard_service.matching import unsupported
 from guard_service.metrics import EngineMetrics
 from guard_service.moderation import Bounds, Moderator
@@ -29,6 +30,10 @@ class Hosted:
         self._engine = engine
         self._metrics = metrics
         self._crowded_out = 0
+        self._images = None
+        if engine.card.judges_images:
+            self._images = image_reader(settings, policies.values(), self._read)
+            metrics.image_bytes.set_function(lambda: self._images.held_bytes if self._images else 0)
         self.batcher = Batcher(
             engine,
             QueueLimits(
@@ -49,6 +54,7 @@ class Hosted:
             Bounds(settings.max_conversation_tokens, settings.max_conversation_chars),
             settings.cache_entries,
             metrics,
+            self._images,
         )
         self._describe()
 
@@ -65,6 +71,11 @@ class Hosted:
         """Fail what waits, end what runs."""
         await self.batcher.close()
         self.moderator.close()
+        if self._images is not None:
+            await asyncio.to_thread(self._images.close)
+
+    def _read(self, result: str) -> None:
+        self._metrics.images.labels(result).inc()
 
     def _ran(self, items: int, seconds: float) -> None:
         self._metrics.batch_items.observe(items)

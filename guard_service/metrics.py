@@ -56,6 +56,8 @@ class EngineMetrics(_Named):
         self.cache_entries = gauge("verdict_cache_entries", "Verdicts remembered.")
         self.queue_items = gauge("queue_items", "Prompts that wait for the engine.")
         self.queue_tokens = gauge("queue_tokens", "Tokens that wait for the engine.")
+        self.images = counter("images", "Images, by what became of them.", "result")
+        self.image_bytes = gauge("image_bytes", "Memory that images in progress hold.")
         self.session_bytes = gauge("session_bytes", "Memory that growing replies hold.")
         self.sessions_crowded_out = counter(
             "sessions_crowded_out", "States of growing replies dropped for want of session_bytes."

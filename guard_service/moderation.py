@@ -30,6 +30,7 @@ from guard_service.errors import (
 )
 from guard_service.errors import Unscannable as UnscannableError
 from guard_service.growing import Growing
+from guard_service.images.reading import ImageReader
 from guard_service.matching import asked_of, unknown_to, unsupported
 from guard_service.metrics import EngineMetrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
@@ -69,6 +70,8 @@ class Judgement:
     cached_tokens: int
     unknown_categories: tuple[str, ...]  # of the policy, not of the model: it was not asked
     found: tuple[Decision, ...]  # of each window; `decision` is the gravest of them
+    conversation: Conversation  # as it was judged: with its images fetched and decoded
+    images_s: float = 0.0  # for that
     tier: str = ""  # of a cascade, and why that tier decided
     tier_reason: str = ""
 
@@ -85,8 +88,13 @@ class Moderator:
         bounds: Bounds,
         cache_entries: int,
         metrics: EngineMetrics,
+        images: ImageReader | None = None,
     ) -> None:
+        """A model that judges images needs a reader of them; ValueError without."""
+        if engine.card.judges_images and images is None:
+            raise ValueError("a model that judges images needs a reader of images")
         self.card = engine.card
+        self._images = images
         self.policies = dict(policies)
         self.default_policy = default_policy
         self._builder = engine.prompt_builder()
@@ -177,6 +185,8 @@ class Moderator:
         arrived = time.perf_counter()
         if language and not LANGUAGE_TAG.fullmatch(language):
             raise InvalidRequest("language: must be a BCP 47 tag such as de or pt-BR, or empty")
+        conversation = await self._with_pictures(conversation, policy)
+        looked = time.perf_counter()
         built = await self._built(conversation, policy)
         assembled = time.perf_counter()
         unscannable = not all(part.judged for part in built.parts)
@@ -209,14 +219,22 @@ class Moderator:
             window_scores=tuple(d.unsafe_score for d in decisions) if built.windows else (),
             from_cache=from_cache,
             total_s=time.perf_counter() - arrived,
-            tokenize_s=assembled - arrived,
+            tokenize_s=assembled - looked,
             queue_s=ran.queue_s,
             inference_s=ran.inference_s,
             computed_tokens=0 if from_cache else sum(r.computed_tokens for r in ran.results),
             cached_tokens=0 if from_cache else sum(r.cached_tokens for r in ran.results),
             unknown_categories=unknown,
             found=tuple(decisions),
+            conversation=conversation,
+            images_s=looked - arrived,
         )
+
+    async def _with_pictures(self, conversation: Conversation, policy: Policy) -> Conversation:
+        """The conversation with its images decoded, where the model is going to see them."""
+        if self._images is None or not policy.judged(direction_of(conversation)):
+            return conversation
+        return await self._images.ready(conversation, policy.image_uris)
 
     async def _built(self, conversation: Conversation, policy: Policy) -> BuiltPrompt:
         """The prompts. A model with fixed categories gets all of them, whatever the policy judges:
@@ -320,7 +338,8 @@ def _gravity(decision: Decision) -> tuple[int, float]:
 
 def _cannot_judge(built: BuiltPrompt, card: ModelCard) -> str:
     kinds = sorted({part.kind for part in built.parts if not part.judged})
-    why = "" if card.judges_images else f": model {card.name} is text-only"
+    reasons = sorted({part.reason for part in built.parts if not part.judged})
+    why = f": {', '.join(reasons)}" if card.judges_images else f": model {card.name} is text-only"
     return f"cannot judge {' or '.join(f'{kind}s' for kind in kinds)}{why}"
 
 

@@ -27,6 +27,7 @@ from guard_service.wire import ACTIONS, DIRECTIONS, KINDS, kind_of, message_of
 
 ENGINE = "remote"
 INFO_TIMEOUT_S = 1.0
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),  # the other server's limit counts
@@ -142,6 +143,7 @@ def _judgement(
         cached_tokens=timing.cached_tokens,
         unknown_categories=tuple(c for c in verdict.coverage.unknown_categories if c in scores),
         found=(decision,),
+        conversation=conversation,
     )
 
 
@@ -171,8 +173,16 @@ def _built(verdict: verdict_pb2.Verdict, conversation: Conversation) -> BuiltPro
 def _part(part: verdict_pb2.PartCoverage) -> PartReport:
     kind = {number: kind for kind, number in KINDS.items()}[part.kind]
     judged = part.state == verdict_pb2.PART_STATE_JUDGED
-    reason = part.reason if REASON.fullmatch(part.reason) else ""
-    return PartReport(part.message_index, part.part_index, kind, judged, reason, part.neutralised)
+    return PartReport(
+        part.message_index,
+        part.part_index,
+        kind,
+        judged,
+        reason=part.reason if REASON.fullmatch(part.reason) else "",
+        neutralised=part.neutralised,
+        partly=part.state == verdict_pb2.PART_STATE_PARTLY_JUDGED,
+        digest=part.image_digest if DIGEST.fullmatch(part.image_digest) else "",
+    )
 
 
 def _share(score: float) -> float:

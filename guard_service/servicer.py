@@ -25,6 +25,7 @@ from guard_service.wire import (
     Sizes,
     conversation_of,
     duration_of,
+    fetched_of,
     item_error_of,
     model_info_of,
     policy_summary_of,
@@ -48,7 +49,8 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
     ) -> guard_pb2.ClassifyResponse:
         """Judge the last turn of one conversation."""
         judgement = await self._judge(request, self._timeout_s(context))
-        return guard_pb2.ClassifyResponse(verdict=verdict_of(judgement))
+        images = fetched_of(judgement) if request.return_images else ()
+        return guard_pb2.ClassifyResponse(verdict=verdict_of(judgement), images=images)
 
     async def ClassifyBatch(
         self, request: guard_pb2.ClassifyBatchRequest, context: Context

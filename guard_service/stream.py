@@ -74,6 +74,8 @@ async def judged(
                     no_cache=not last.end,  # a reply half-way is not asked for again
                     growing=growing,
                 )
+                # The images stay as they were judged: what is fetched twice may not be the same.
+                conversation = Conversation(judgement.conversation.messages[:-1])
                 covered = chars
                 yield Covered(judgement, covered, last.end)
             if last.end:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -198,12 +199,20 @@ def verdict_of(judgement: Judgement) -> verdict_pb2.Verdict:
 
 def _coverage(judgement: Judgement) -> verdict_pb2.Coverage:
     built = judgement.built
+    shown = [prompt.image.digest if prompt.image else "" for prompt in built.prompts]
     return verdict_pb2.Coverage(
         complete=all(part.judged for part in built.parts),
         parts=[_part_coverage(part) for part in built.parts],
         windows=[
-            verdict_pb2.Window(first_token=first, end_token=end, unsafe_score=score)
-            for (first, end), score in zip(built.windows, judgement.window_scores, strict=True)
+            verdict_pb2.Window(
+                first_token=first, end_token=end, unsafe_score=score, image_digest=digest
+            )
+            for (first, end), score, digest in zip(
+                built.windows,
+                judgement.window_scores,
+                shown or repeat("", len(built.windows)),  # of a remote guard no prompts are known
+                strict=True,
+            )
         ],
         conversation_tokens=built.conversation_tokens,
         unknown_categories=judgement.unknown_categories,
@@ -212,6 +221,8 @@ def _coverage(judgement: Judgement) -> verdict_pb2.Coverage:
 
 def _part_coverage(part: PartReport) -> verdict_pb2.PartCoverage:
     state = verdict_pb2.PART_STATE_JUDGED if part.judged else verdict_pb2.PART_STATE_NOT_JUDGED
+    if part.partly:
+        state = verdict_pb2.PART_STATE_PARTLY_JUDGED
     return verdict_pb2.PartCoverage(
         message_index=part.message_index,
         part_index=part.part_index,
@@ -219,7 +230,21 @@ def _part_coverage(part: PartReport) -> verdict_pb2.PartCoverage:
         state=state,
         reason=part.reason,
         neutralised=part.neutralised,
+        image_digest=part.digest,
     )
+
+
+def fetched_of(judgement: Judgement) -> Iterator[guard_pb2.FetchedImage]:
+    """The images that were given by address, with the bytes that were judged."""
+    for message_index, message in enumerate(judgement.conversation.messages):
+        for part_index, part in enumerate(message.parts):
+            if isinstance(part, Image) and part.uri is not None and part.picture is not None:
+                yield guard_pb2.FetchedImage(
+                    message_index=message_index,
+                    part_index=part_index,
+                    data=part.data or b"",
+                    mime_type=part.mime_type,
+                )
 
 
 def _timing(judgement: Judgement) -> verdict_pb2.Timing:
@@ -230,6 +255,7 @@ def _timing(judgement: Judgement) -> verdict_pb2.Timing:
         inference=duration_of(judgement.inference_s),
         computed_tokens=judgement.computed_tokens,
         cached_tokens=judgement.cached_tokens,
+        images=duration_of(judgement.images_s),
     )
 
 

@@ -15,6 +15,7 @@ from guard_service.prompt import Prompt, PromptBuilder
 
 STARTER = "starter"
 FAKE = "fake"
+FAKE_VISION = "fake-vision"
 SESSION_BYTES = 512 * 2**20  # at the size of a 1B guard, 10,000 tokens
 
 
@@ -119,7 +120,8 @@ def open_engine(
     prepared: Path | None = None,
     device: str = "auto",
 ) -> Engine:
-    """Load a model: "starter" (in this package), "fake" (for tests), or an artifact folder.
+    """Load a model: "starter" (in this package), "fake" or "fake-vision" (for tests), or an
+    artifact folder.
 
     `session_bytes` bounds what is kept of growing conversations, all of them together. `plan` is a
     kernel plan of `engines.plans`; `auto` takes the fastest here, measured unless the folder
@@ -128,10 +130,10 @@ def open_engine(
     Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
     loaded. Ready to serve only once `self_test` has passed.
     """
-    if model == FAKE:
+    if model in (FAKE, FAKE_VISION):
         from guard_service.engines.fake import FakeEngine
 
-        return FakeEngine()
+        return FakeEngine(sees_images=model == FAKE_VISION)
     from guard_service.engines.choosing import open_artifact  # heavy, needed by this choice only
 
     def opened(folder: Path) -> Engine:

@@ -6,18 +6,21 @@ import asyncio
 import base64
 import binascii
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from guard_policies.schema import ImageUris
+from guard_policies.schema import ImageUris, Policy
+from guard_service.config import Settings
 from guard_service.conversation import Conversation, Image, Part
-from guard_service.errors import InvalidRequest
-from guard_service.images.decoder import Decoder
+from guard_service.errors import InvalidRequest, PolicyNotSupported
+from guard_service.images.decoder import Decoder, DecoderBounds
 from guard_service.images.reasons import Reason, Refused
 
 if TYPE_CHECKING:
     from guard_service.images.fetch import Fetcher  # loaded where a policy has images fetched
 
+JUDGED = "JUDGED"
 READING = 16  # images at once, so that few bytes wait for a process that decodes
 _DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+=/-]*)*;base64,(?P<encoded>.*)", re.I | re.A | re.S)
 
@@ -31,13 +34,28 @@ class ImageBounds:
 
 
 class ImageReader:
-    """Reads images, fetching those given by address if it has a fetcher. For one event loop."""
+    """Reads images, fetching those given by address if it has a fetcher. For one event loop.
 
-    def __init__(self, decoder: Decoder, fetcher: Fetcher | None, bounds: ImageBounds) -> None:
-        self.decoder = decoder
+    `on_read` is told what became of each: JUDGED, or the reason why it cannot be.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        fetcher: Fetcher | None,
+        bounds: ImageBounds,
+        on_read: Callable[[str], None] = lambda result: None,
+    ) -> None:
+        self._decoder = decoder
         self._fetcher = fetcher
         self._bounds = bounds
+        self._on_read = on_read
         self._reading = asyncio.Semaphore(READING)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all images that somebody still has."""
+        return self._decoder.held_bytes
 
     async def ready(self, conversation: Conversation, uris: ImageUris) -> Conversation:
         """The conversation with a picture, or the reason why there is none, in every image.
@@ -68,19 +86,24 @@ class ImageReader:
 
     def close(self) -> None:
         """End the processes that decode; fetch no more."""
-        self.decoder.close()
+        self._decoder.close()
         if self._fetcher is not None:
             self._fetcher.close()
 
     async def _part(self, part: Part, uris: ImageUris) -> Part:
         if not isinstance(part, Image) or part.picture is not None or part.unread:
             return part
+        ready = await self._ready(part, uris)
+        self._on_read(ready.unread or JUDGED)
+        return ready
+
+    async def _ready(self, part: Image, uris: ImageUris) -> Image:
         try:
             async with self._reading:
                 data = await self._bytes(part, uris)
                 if len(data) > self._bounds.bytes:
                     raise Refused(Reason.TOO_LARGE)
-                decoded = await self.decoder.decode(data)
+                decoded = await self._decoder.decode(data)
         except Refused as refused:
             return replace(part, unread=refused.reason.value)
         usual, *others = decoded.views
@@ -115,3 +138,31 @@ class ImageReader:
             return base64.b64decode(found["encoded"], validate=True)
         except (binascii.Error, ValueError):
             raise Refused(Reason.URI_MALFORMED) from None
+
+
+def image_reader(
+    settings: Settings, policies: Iterable[Policy], on_read: Callable[[str], None]
+) -> ImageReader:
+    """As set. Raises PolicyNotSupported when a policy wants images fetched and nothing is there to
+    do it with."""
+    bounds = DecoderBounds(
+        workers=settings.image_workers,
+        pixels=settings.max_image_pixels,
+        timeout_s=settings.image_timeout_s,
+        held_bytes=settings.image_bytes,
+    )
+    fetching = [policy.name for policy in policies if policy.image_uris.hosts]
+    fetcher = _fetcher(settings.fetch_timeout_s, fetching[0]) if fetching else None
+    limits = ImageBounds(settings.max_images, settings.max_image_bytes)
+    return ImageReader(Decoder(bounds), fetcher, limits, on_read)
+
+
+def _fetcher(timeout_s: float, policy: str) -> Fetcher:
+    try:
+        from guard_service.images.fetch import Fetcher
+    except ModuleNotFoundError:
+        raise PolicyNotSupported(
+            f"policy {policy} lets images be fetched (image_uris), which needs more packages: "
+            "pip install 'llama-guard-service[fetch]'"
+        ) from None
+    return Fetcher(timeout_s)

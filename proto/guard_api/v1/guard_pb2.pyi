@@ -185,7 +185,9 @@ class Image(google.protobuf.message.Message):
     data: builtins.bytes
     """data is the encoded image (JPEG, PNG, WebP, GIF, BMP)."""
     uri: builtins.str
-    """uri is fetched only if the policy allows it."""
+    """uri is fetched only if the policy allows it (image_uris); one that begins with "data:" holds
+    the image itself.
+    """
     mime_type: builtins.str
     """mime_type is a hint; the content is sniffed and decides."""
     def __init__(
@@ -260,6 +262,7 @@ class ClassifyRequest(google.protobuf.message.Message):
     LANGUAGE_FIELD_NUMBER: builtins.int
     NO_CACHE_FIELD_NUMBER: builtins.int
     AS_SECOND_FIELD_NUMBER: builtins.int
+    RETURN_IMAGES_FIELD_NUMBER: builtins.int
     policy: builtins.str
     """policy by name; empty means the server's default policy."""
     language: builtins.str
@@ -271,6 +274,10 @@ class ClassifyRequest(google.protobuf.message.Message):
     as_second: builtins.bool
     """as_second asks for what the second guard of the policy's cascade says: the server's own model
     then decides alone. Servers ask their second guards so.
+    """
+    return_images: builtins.bool
+    """return_images asks for the images that the server fetched, so that what is passed on is what was
+    judged and nobody fetches twice.
     """
     @property
     def conversation(self) -> Global___Conversation:
@@ -284,9 +291,10 @@ class ClassifyRequest(google.protobuf.message.Message):
         language: builtins.str = ...,
         no_cache: builtins.bool = ...,
         as_second: builtins.bool = ...,
+        return_images: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["conversation", b"conversation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["as_second", b"as_second", "conversation", b"conversation", "language", b"language", "no_cache", b"no_cache", "policy", b"policy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_second", b"as_second", "conversation", b"conversation", "language", b"language", "no_cache", b"no_cache", "policy", b"policy", "return_images", b"return_images"]) -> None: ...
 
 Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
 
@@ -297,19 +305,55 @@ class ClassifyResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERDICT_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
     @property
     def verdict(self) -> guard_api.v1.verdict_pb2.Verdict:
         """verdict is always set."""
+
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FetchedImage]:
+        """images that were given by uri, fetched and judged; only with return_images."""
 
     def __init__(
         self,
         *,
         verdict: guard_api.v1.verdict_pb2.Verdict | None = ...,
+        images: collections.abc.Iterable[Global___FetchedImage] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["verdict", b"verdict"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["verdict", b"verdict"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["images", b"images", "verdict", b"verdict"]) -> None: ...
 
 Global___ClassifyResponse: typing_extensions.TypeAlias = ClassifyResponse
+
+@typing.final
+class FetchedImage(google.protobuf.message.Message):
+    """FetchedImage is an image that was given by uri, as it was judged."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MESSAGE_INDEX_FIELD_NUMBER: builtins.int
+    PART_INDEX_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    MIME_TYPE_FIELD_NUMBER: builtins.int
+    message_index: builtins.int
+    """message_index of the image's message in the request."""
+    part_index: builtins.int
+    """part_index of the image in its message."""
+    data: builtins.bytes
+    """data is the encoded image."""
+    mime_type: builtins.str
+    """mime_type as found in the content, for example "image/png"."""
+    def __init__(
+        self,
+        *,
+        message_index: builtins.int = ...,
+        part_index: builtins.int = ...,
+        data: builtins.bytes = ...,
+        mime_type: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "message_index", b"message_index", "mime_type", b"mime_type", "part_index", b"part_index"]) -> None: ...
+
+Global___FetchedImage: typing_extensions.TypeAlias = FetchedImage
 
 @typing.final
 class ClassifyBatchRequest(google.protobuf.message.Message):
@@ -320,7 +364,9 @@ class ClassifyBatchRequest(google.protobuf.message.Message):
     REQUESTS_FIELD_NUMBER: builtins.int
     @property
     def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ClassifyRequest]:
-        """requests to answer; at most GetInfoResponse.limits.max_batch_items."""
+        """requests to answer; at most GetInfoResponse.limits.max_batch_items. Their return_images is not
+        looked at.
+        """
 
     def __init__(
         self,

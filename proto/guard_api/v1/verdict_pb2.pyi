@@ -118,6 +118,10 @@ class _PartStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """PART_STATE_NOT_JUDGED: the model did not see it; the policy's on_unscannable decided, or the
     policy judges nothing in this direction.
     """
+    PART_STATE_PARTLY_JUDGED: _PartState.ValueType  # 3
+    """PART_STATE_PARTLY_JUDGED: the model saw some of it, for example the first frame of an animation
+    (reason "IMAGE_FIRST_FRAME_ONLY"). The policy's on_unscannable decided on the rest.
+    """
 
 class PartState(_PartState, metaclass=_PartStateEnumTypeWrapper):
     """PartState is what became of a part."""
@@ -129,6 +133,10 @@ PART_STATE_JUDGED: PartState.ValueType  # 1
 PART_STATE_NOT_JUDGED: PartState.ValueType  # 2
 """PART_STATE_NOT_JUDGED: the model did not see it; the policy's on_unscannable decided, or the
 policy judges nothing in this direction.
+"""
+PART_STATE_PARTLY_JUDGED: PartState.ValueType  # 3
+"""PART_STATE_PARTLY_JUDGED: the model saw some of it, for example the first frame of an animation
+(reason "IMAGE_FIRST_FRAME_ONLY"). The policy's on_unscannable decided on the rest.
 """
 Global___PartState: typing_extensions.TypeAlias = PartState
 
@@ -367,6 +375,7 @@ class PartCoverage(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     NEUTRALISED_FIELD_NUMBER: builtins.int
+    IMAGE_DIGEST_FIELD_NUMBER: builtins.int
     message_index: builtins.int
     """message_index of the part's message in the request."""
     part_index: builtins.int
@@ -377,10 +386,12 @@ class PartCoverage(google.protobuf.message.Message):
     """state of the part."""
     reason: builtins.str
     """reason for any state but PART_STATE_JUDGED, in a fixed machine-readable spelling such as
-    "MODEL_IS_TEXT_ONLY" or "POLICY_IS_OFF".
+    "MODEL_IS_TEXT_ONLY", "POLICY_IS_OFF" or, of an image, "IMAGE_TRUNCATED".
     """
     neutralised: builtins.int
     """neutralised counts the template delimiters in the part that were defused by one inserted space."""
+    image_digest: builtins.str
+    """image_digest of the encoded image that was judged: "sha256:" and hex."""
     def __init__(
         self,
         *,
@@ -390,34 +401,42 @@ class PartCoverage(google.protobuf.message.Message):
         state: Global___PartState.ValueType = ...,
         reason: builtins.str = ...,
         neutralised: builtins.int = ...,
+        image_digest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "message_index", b"message_index", "neutralised", b"neutralised", "part_index", b"part_index", "reason", b"reason", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["image_digest", b"image_digest", "kind", b"kind", "message_index", b"message_index", "neutralised", b"neutralised", "part_index", b"part_index", "reason", b"reason", "state", b"state"]) -> None: ...
 
 Global___PartCoverage: typing_extensions.TypeAlias = PartCoverage
 
 @typing.final
 class Window(google.protobuf.message.Message):
-    """Window is one stretch of the conversation that was judged by itself; the worst window counts."""
+    """Window is one stretch of the conversation that was judged by itself; the worst window counts. With
+    images, each stretch is judged beside each view of each image: as an image looks on white, on
+    black and without its transparency, turned as it asks for and as it is stored.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     FIRST_TOKEN_FIELD_NUMBER: builtins.int
     END_TOKEN_FIELD_NUMBER: builtins.int
     UNSAFE_SCORE_FIELD_NUMBER: builtins.int
+    IMAGE_DIGEST_FIELD_NUMBER: builtins.int
     first_token: builtins.int
     """first_token of the window, counted in the conversation's tokens."""
     end_token: builtins.int
     """end_token is one past the window's last token."""
     unsafe_score: builtins.float
     """unsafe_score of the window."""
+    image_digest: builtins.str
+    """image_digest of the image that the model was shown beside it; empty without one."""
     def __init__(
         self,
         *,
         first_token: builtins.int = ...,
         end_token: builtins.int = ...,
         unsafe_score: builtins.float = ...,
+        image_digest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["end_token", b"end_token", "first_token", b"first_token", "unsafe_score", b"unsafe_score"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["end_token", b"end_token", "first_token", b"first_token", "image_digest", b"image_digest", "unsafe_score", b"unsafe_score"]) -> None: ...
 
 Global___Window: typing_extensions.TypeAlias = Window
 
@@ -433,6 +452,7 @@ class Timing(google.protobuf.message.Message):
     INFERENCE_FIELD_NUMBER: builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
     computed_tokens: builtins.int
     """computed_tokens is how many tokens the model computed for this request."""
     cached_tokens: builtins.int
@@ -455,6 +475,10 @@ class Timing(google.protobuf.message.Message):
     def inference(self) -> google.protobuf.duration_pb2.Duration:
         """inference is the time of the engine's run that this request was part of."""
 
+    @property
+    def images(self) -> google.protobuf.duration_pb2.Duration:
+        """images is the time spent on fetching and decoding images."""
+
     def __init__(
         self,
         *,
@@ -464,8 +488,9 @@ class Timing(google.protobuf.message.Message):
         inference: google.protobuf.duration_pb2.Duration | None = ...,
         computed_tokens: builtins.int = ...,
         cached_tokens: builtins.int = ...,
+        images: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["inference", b"inference", "queue", b"queue", "tokenize", b"tokenize", "total", b"total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "inference", b"inference", "queue", b"queue", "tokenize", b"tokenize", "total", b"total"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["images", b"images", "inference", b"inference", "queue", b"queue", "tokenize", b"tokenize", "total", b"total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "images", b"images", "inference", b"inference", "queue", b"queue", "tokenize", b"tokenize", "total", b"total"]) -> None: ...
 
 Global___Timing: typing_extensions.TypeAlias = Timing

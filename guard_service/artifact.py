@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 from guard_service.manifest import File, Manifest, ManifestError, parse_manifest
 
+STARTER = "starter"  # name of the artifact that is part of this package
 MANIFEST_FILE = "guard.json"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -75,29 +77,52 @@ def load(folder: Path) -> Artifact:
     return Artifact(root, manifest, manifest.digest)
 
 
+def load_named(model: str | Path) -> Artifact:
+    """`load`, of the starter too, by its name."""
+    if model != STARTER:
+        return load(Path(model))
+    with resources.as_file(resources.files("guard_service") / "models" / STARTER) as folder:
+        return load(folder)
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when the block ends well.
+
+    Raises FileExistsError when `folder` exists: nothing is written over.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; results are never written over")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+        made = Path(place) / folder.name
+        made.mkdir()
+        yield made
+        made.rename(folder)
+
+
 def write_artifact(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> Artifact:
     """Make a folder from a manifest (its `files` are filled in) and copies of the files.
 
     It appears whole or not at all. Raises FileExistsError when `folder` exists.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; artifacts are never written over")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        draft = Path(place) / folder.name
-        draft.mkdir()
+    with fresh_folder(folder) as draft:
         for name, source in files.items():
             shutil.copyfile(source, draft / name)
-        listed = {
-            name: File((draft / name).stat().st_size, _sha256(draft / name))
-            for name in sorted(files)
-            if name not in DOCUMENTS
-        }
-        document = replace(manifest, files=listed).document()
-        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-        (draft / MANIFEST_FILE).write_text(text + "\n", "utf-8")
-        load(draft)
-        os.rename(draft, folder)
+        seal(draft, manifest)
+    return load(folder)
+
+
+def seal(folder: Path, manifest: Manifest) -> Artifact:
+    """Write the manifest into a folder of finished files; its `files` are filled in."""
+    listed = {
+        path.name: File(path.stat().st_size, _sha256(path))
+        for path in sorted(folder.iterdir())
+        if path.name not in {MANIFEST_FILE, *DOCUMENTS}
+    }
+    document = replace(manifest, files=listed).document()
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", "utf-8")
     return load(folder)
 
 

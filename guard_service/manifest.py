@@ -136,7 +136,10 @@ class Manifest:
 
 def parse_manifest(content: bytes) -> Manifest:
     """Read guard.json. Raises ManifestError with every mistake in it."""
-    document = _json(content)
+    try:
+        document = json_object(content)
+    except ValueError as error:
+        raise ManifestError([str(error)]) from error
     found = document.get("format")
     if found != FORMAT:
         raise ManifestError(
@@ -151,7 +154,9 @@ def parse_manifest(content: bytes) -> Manifest:
     return manifest
 
 
-def _json(content: bytes) -> dict[str, Any]:
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object that a stranger's JSON is. Raises ValueError for all that is not exactly one."""
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key stands twice in one object")
@@ -163,9 +168,9 @@ def _json(content: bytes) -> dict[str, Any]:
     try:
         document = json.loads(content, object_pairs_hook=once, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ManifestError([f"not JSON: {error}"]) from error
+        raise ValueError(f"not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ManifestError(["not a JSON object"])
+        raise ValueError("not a JSON object")
     return document
 
 

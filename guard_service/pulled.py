@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from guard_service.manifest import File
+from guard_service.manifest import File, json_object
 
 PULLED_FILE = "pulled.json"
 FORMAT = "llama-guard-pull/1"
@@ -45,14 +45,17 @@ def read_pulled(folder: Path) -> Pulled:
     """Read and check pulled.json. Raises PulledError."""
     path = folder / PULLED_FILE
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise PulledError(f"{path}: too large")
-        document = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise PulledError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise PulledError(f"{path}: not JSON") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if len(content) > _MAX_BYTES:
+        raise PulledError(f"{path}: too large")
+    try:
+        document = json_object(content)
+    except ValueError as error:
+        raise PulledError(f"{path}: {error}") from error
+    if document.get("format") != FORMAT:
         raise PulledError(f"{path}: its format is not {FORMAT!r}")
     texts = {name: document[name] for name in _TEXTS if isinstance(document.get(name), str)}
     wrong = [name for name in _TEXTS if name not in texts]

@@ -16,6 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 MAX_BYTES = 256 * 1024
 _MAX_DEPTH = 12
+_MAX_NODES = 100_000  # with what aliases repeat
 _MAX_PROBLEMS = 100
 _CORE = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {
@@ -63,11 +64,13 @@ class Entry:
 class Reader:
     """Reads typed values out of one file's nodes; what is wrong is collected, not raised.
 
-    The methods return None (or what was readable) after reporting a problem. `check` raises.
+    The methods return None (or what was readable) after reporting a problem. `check` raises. With
+    `aliases` a file may repeat what an anchor names, unless that has aliases in it: so what a file
+    says grows no faster than its square, and no further than a bound.
     """
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    def __init__(self, file: str, aliases: bool = False) -> None:
+        self.file, self._aliases = file, aliases
         self.problems: list[Problem] = []
 
     def report(self, where: Node | Mark | None, message: str) -> None:
@@ -92,7 +95,7 @@ class Reader:
         if text is None:
             return None
         try:
-            loader = _Composer(text)
+            loader = _Composer(text, self._aliases)
             try:
                 root = loader.get_single_node()
             finally:
@@ -199,7 +202,7 @@ class Reader:
     def _decode(self, data: bytes | str) -> str | None:
         size = len(data)
         if size > MAX_BYTES:
-            self.report(None, f"has more than {MAX_BYTES // 1024} KiB; that is no policy")
+            self.report(None, f"has more than {MAX_BYTES // 1024} KiB; that is too much")
             return None
         if isinstance(data, str):
             return data
@@ -227,17 +230,35 @@ class _Refused(MarkedYAMLError):
 class _Composer(yaml.SafeLoader):
     """Builds nodes only. Aliases, foreign tags and deep nesting are refused before they cost."""
 
-    depth = 0
+    def __init__(self, text: str, aliases: bool) -> None:
+        super().__init__(text)
+        self._aliases = aliases
+        self._depth = self._anchored = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # of what anchors name, by id: how many nodes
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         event: Event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, AliasEvent):
+        alias = isinstance(event, AliasEvent)
+        if alias and not self._aliases:
             raise _Refused("aliases (*name) are not allowed here; write it out", event.start_mark)
-        if self.depth >= _MAX_DEPTH:
+        if alias and self._anchored:
+            raise _Refused("an alias within what an anchor names; write it out", event.start_mark)
+        if self._depth >= _MAX_DEPTH:
             raise _Refused("nested too deep", event.start_mark)
-        self.depth += 1
+        anchor = not alias and getattr(event, "anchor", None) is not None
+        before = self._nodes
+        self._nodes += 1
+        self._depth += 1
+        self._anchored += anchor
         node = super().compose_node(parent, index)
-        self.depth -= 1
+        self._anchored -= anchor
+        self._depth -= 1
+        if anchor:
+            self._sizes[id(node)] = self._nodes - before
+        elif alias:
+            self._nodes += self._sizes[id(node)]
+            if self._nodes > _MAX_NODES:
+                raise _Refused("aliases repeat too much", event.start_mark)
         if node is not None and node.tag not in _PLAIN_TAGS:
             raise _Refused(f"the tag {quote(node.tag)} is not allowed here", node.start_mark)
         return node

@@ -6,7 +6,7 @@ import typer
 
 from guard_quantization.commands.checkpoints import export, random_checkpoint
 from guard_quantization.commands.evaluate import compare, evaluate, thresholds
-from guard_quantization.commands.learnt import steps, student
+from guard_quantization.commands.learnt import grow, renew, steps
 from guard_quantization.commands.peers import agree, gguf, reference
 from guard_quantization.commands.run import run
 from guard_quantization.commands.stages import distill, prune, quantize
@@ -24,7 +24,8 @@ app.command()(export)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(thresholds)
-app.command()(student)
+app.command()(grow)
+app.command()(renew)
 app.command()(steps)
 app.command("random")(random_checkpoint)
 app.command()(gguf)
@@ -34,12 +35,14 @@ app.command()(agree)
 
 def main() -> None:
     """Run guard-quantize; a mistake of the caller's is told in a line and ends with status 1."""
-    from guard_service.artifact import ArtifactError
     from guard_service.engines import EngineFailed
 
     try:
         app()
-    except (OSError, ValueError, ArtifactError, EngineFailed) as error:
+    except OSError as error:
+        told = ": ".join(str(one) for one in (error.filename, error.strerror) if one)
+        raise SystemExit(f"guard-quantize: {told or error}") from None
+    except (ValueError, EngineFailed) as error:
         raise SystemExit(f"guard-quantize: {error}") from None
 
 

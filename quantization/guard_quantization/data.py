@@ -153,6 +153,10 @@ class Share:
     rows: int
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.weight < 0:
+            raise ValueError(f"{self.file}: rows must be 1 at least, their weight not negative")
+
 
 def sample_epoch(rows: Sequence[Row], mix: Sequence[Share], seed: int) -> list[tuple[Row, float]]:
     """One epoch: from each file its share, balanced over (source, label, code, language).

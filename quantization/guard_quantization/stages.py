@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -95,8 +96,14 @@ class Run:
             self._say(f"{origin.stage}: done before")
             return done
         part.mkdir(parents=True, exist_ok=True)
+        for draft in part.glob(".*-*"):  # of a process that was killed; see `fresh_folder`
+            shutil.rmtree(draft)
         _write(part / RECORD, {"origin": asdict(origin)})
-        record = _timed(origin, lambda: make(part))
+        try:
+            record = _timed(origin, lambda: make(part))
+        except BaseException:
+            _leave(part)
+            raise
         _write(part / RECORD, asdict(record))
         part.rename(done)
         self._say(f"{origin.stage}: done in {record.seconds:.0f} s, {record.peak_mib:.0f} MiB")
@@ -121,6 +128,13 @@ def digest(path: Path) -> str:
         with file.open("rb") as opened:
             whole.update(hashlib.file_digest(opened, "sha256").digest())
     return whole.hexdigest()
+
+
+def _leave(part: Path) -> None:
+    """Remove a folder that has nothing in it to go on from."""
+    if [path.name for path in part.iterdir()] == [RECORD]:
+        (part / RECORD).unlink()
+        part.rmdir()
 
 
 def _timed(origin: Origin, make: Callable[[], Figures]) -> Record:

@@ -65,6 +65,16 @@ def test_an_interrupted_stage_goes_on_in_its_folder(run: Run, tmp_path: Path) ->
     assert (run.stage(origin(tmp_path), rest) / "out.txt").exists()
 
 
+def test_a_stage_that_failed_at_once_leaves_nothing_in_the_way(run: Run, tmp_path: Path) -> None:
+    def broken(folder: Path) -> Figures:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        run.stage(origin(tmp_path), broken)
+    assert not [*run.folder.iterdir()]
+    assert run.stage(origin(tmp_path, text="mended"), make).is_dir()
+
+
 @pytest.mark.parametrize(
     ("plan", "text", "named"), [(Plan(layers=4), "in", "layers"), (Plan(), "other", "source")]
 )
@@ -73,6 +83,7 @@ def test_another_origin_is_refused_and_what_differs_is_named(
     run: Run, tmp_path: Path, plan: Plan, text: str, named: str, finished: bool
 ) -> None:
     def broken(folder: Path) -> Figures:
+        (folder / "half.txt").write_text("half")
         raise KeyboardInterrupt
 
     if finished:

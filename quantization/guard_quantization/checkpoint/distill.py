@@ -28,16 +28,16 @@ from guard_quantization.checkpoint.tensors import (
     Entry,
     Tensors,
     copy_companions,
-    fresh_folder,
     layout,
     read_config,
-    write_json,
     write_tensors,
 )
 from guard_quantization.data import Row
+from guard_quantization.folders import write_json
 from guard_quantization.rounding import StoredWeights
 from guard_quantization.starter.student import SAFE_ROW, UNSAFE_ROW
 from guard_quantization.training import batches, fit
+from guard_service.artifact import fresh_folder
 from guard_service.templates import BY_NAME
 
 _SMOOTH = 0.015  # of a label: no verdict is certain

@@ -32,17 +32,25 @@ from guard_quantization.checkpoint.tensors import (
     Tensors,
     check_tensors,
     copy_companions,
-    fresh_folder,
     layout,
     read_config,
     shape_of,
-    write_json,
     write_tensors,
 )
 from guard_quantization.export.decoder import ExportError, Shape
+from guard_quantization.folders import check_room, read_json, write_json
 from guard_quantization.training import Report
+from guard_service.artifact import fresh_folder
 
 _SHORTEST = 8  # tokens that a row may be cut to
+_SIZES = {  # of a plan, and what of a checkpoint bounds them
+    "layers": "layers",
+    "intermediate_size": "mlp",
+    "kv_groups": "kv_heads",
+    "hidden_size": "hidden",
+    "keep_first": "layers",
+    "keep_last": "layers",
+}
 
 
 class PruneError(ExportError):
@@ -65,25 +73,25 @@ class PrunePlan:
     tokens: int = 1024  # of a row; longer rows lose what follows their first token
     batch_tokens: int = 4096
 
-    def check(self, shape: Shape) -> None:
-        """Raises PruneError naming the first field that does not go with a checkpoint."""
-        for name, least, most in (
-            ("layers", 0, shape.layers),
-            ("intermediate_size", 0, shape.mlp),
-            ("kv_groups", 0, shape.kv_heads),
-            ("hidden_size", 0, shape.hidden),
-            ("keep_first", 0, shape.layers),
-            ("keep_last", 0, shape.layers),
-            ("rows", 1, math.inf),
-            ("held_back", 1, math.inf),
-            ("tokens", _SHORTEST, math.inf),
-            ("batch_tokens", 1, math.inf),
+    def __post_init__(self) -> None:
+        for name, least in (
+            *((name, 0) for name in _SIZES),
+            ("rows", 1),
+            ("held_back", 1),
+            ("tokens", _SHORTEST),
+            ("batch_tokens", 1),
         ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise PruneError(f"prune.{name} is {value}, must be {least} to {most}")
+            if getattr(self, name) < least:
+                raise PruneError(f"prune.{name} is {getattr(self, name)}, must be at least {least}")
         if self.layers and self.layers < self.keep_first + self.keep_last:
             raise PruneError("prune.layers is less than keep_first and keep_last together")
+
+    def check(self, shape: Shape) -> None:
+        """Raises PruneError naming the first field that is beyond what a checkpoint has."""
+        for name, field in _SIZES.items():
+            value, most = getattr(self, name), getattr(shape, field)
+            if value > most:
+                raise PruneError(f"prune.{name} is {value}, must be 0 to {most}")
 
 
 def prune(
@@ -118,6 +126,7 @@ def prune(
     with tensors:
         with _shown(report, "checking weights", len(tensors.names())) as done:
             entries = check_tensors(tensors, config, done)
+        check_room(folder, _bytes(config, plan, entries[0].dtype))
         work = _Pruning(tensors, entries, config, tokens, plan, measured, held, report)
         if progress:
             used = [list(row) for row in calibration[: plan.rows + plan.held_back]]
@@ -247,16 +256,14 @@ class _Pruning:
             "reference": self.reference.tolist(),
         }
         progress.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = progress.with_name(f"{progress.name}.partial")
-        partial_file.write_text(json.dumps(state), "utf-8")
-        partial_file.replace(progress)
+        write_json(progress, state)
 
     def resume(self, progress: Path, key: str) -> None:
         """Go on from `progress` if that is of the same run, and keep further steps there."""
         self.progress, self.key = progress, key
         if not progress.exists():
             return
-        state = json.loads(progress.read_text("utf-8"))
+        state = read_json(progress)
         if state["key"] == key:
             self.cut = Cut.of_state(self.cut.source, state["cut"])
             self.figures, self.reference = state["figures"], torch.tensor(state["reference"])
@@ -282,6 +289,23 @@ def _head(config: Mapping[str, Any], head: Sequence[int] | None) -> tuple[int, .
     if len(found) < 2 or len(set(found)) < len(found) or not 0 <= min(found) <= max(found) < vocab:
         raise PruneError(f"the head must be different token ids below {vocab}, two at least")
     return found
+
+
+def _bytes(config: Mapping[str, Any], plan: PrunePlan, dtype: str) -> int:
+    """Of the weights that are left: those of a Llama of the plan's sizes."""
+    shape = shape_of(config)
+    groups = plan.kv_groups or shape.kv_heads
+    sizes = {
+        "num_hidden_layers": plan.layers or shape.layers,
+        "intermediate_size": rounded(plan.intermediate_size or shape.mlp, shape.mlp),
+        "num_key_value_heads": groups,
+        "num_attention_heads": groups * shape.group,
+        "head_dim": shape.head_dim,
+        "hidden_size": rounded(plan.hidden_size or shape.hidden, shape.hidden),
+    }
+    cut = plan.head or "verdict_head" in config
+    wanted = layout({**config, **sizes})
+    return sum(Entry(name, size, dtype).bytes for name, size in wanted if not cut or name != HEAD)
 
 
 def _rows(

@@ -31,24 +31,24 @@ from guard_quantization.checkpoint.quantized import (
     QUANTIZATION_FILE,
     QuantizedCheckpoint,
     Shard,
-    read_json,
     write_shard,
 )
 from guard_quantization.checkpoint.rotation import FloatWeights, Rotated
 from guard_quantization.checkpoint.tensors import (
     EMBEDDING,
     HEAD,
+    INDEX_FILE,
     NORM,
     Tensors,
     check_tensors,
     copy_companions,
     layout,
     read_config,
-    write_json,
+    stored_bytes,
 )
 from guard_quantization.export.decoder import Shape
-from guard_quantization.export.hf import INDEX_FILE
 from guard_quantization.export.int4 import Blocks, fake_quantize_rows, quantize_blocks
+from guard_quantization.folders import check_room, read_json, write_json
 from guard_quantization.stages import digest
 from guard_quantization.training import Report
 
@@ -88,6 +88,9 @@ def quantize_checkpoint(
         check_tensors(tensors, config)
         layouts = _layouts(plan, config)
         work = _work_folder(folder, _settings(source, plan, rows, layouts))
+        head = len(config.get("verdict_head") or range(shape.vocab))
+        whole = stored_bytes(config, head, plan.bits, plan.block, plan.embedding_bits)
+        check_room(work, whole - sum(path.stat().st_size for path in work.iterdir()))
         view: FloatWeights = _Untied(tensors, shape.tied)
         if plan.rotate:
             view = Rotated(tensors, config, plan.seed)

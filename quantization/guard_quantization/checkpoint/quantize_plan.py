@@ -26,8 +26,7 @@ class QuantizePlan:
     seed: int = 0  # of the rotations
     damping: float = 0.01  # share of the mean of the Hessian's diagonal that is added to it
 
-    def check(self, shape: Shape) -> None:
-        """Raises QuantizeError naming the first field that does not go with a checkpoint."""
+    def __post_init__(self) -> None:
         for name, allowed in (
             ("bits", (4, 8)),
             ("block", (32, 64, 128, 256)),
@@ -45,6 +44,9 @@ class QuantizePlan:
         ):
             if not sound:
                 raise QuantizeError(f"quantize.{name} is {getattr(self, name)}: out of range")
+
+    def check(self, shape: Shape) -> None:
+        """Raises QuantizeError for a block that does not go with a checkpoint."""
         if self.embedding_bits == 4 and shape.hidden % self.block:
             raise QuantizeError(
                 f"quantize.block is {self.block}, the width {shape.hidden} is no multiple of it; "

@@ -8,41 +8,25 @@ transformers refuses that, where it would fill in random weights for a method it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from guard_quantization.checkpoint.tensors import opened, places_of, read_config
 from guard_quantization.export.decoder import ExportError
-from guard_quantization.export.hf import INDEX_FILE
 from guard_quantization.export.int4 import Blocks, unpack
+from guard_quantization.folders import member, read_json
 
 QUANTIZATION_FILE = "quantization.json"
 MARK = {"quantization_config": {"layout": QUANTIZATION_FILE}}
 FORMAT = 1
 Floats = NDArray[np.float32]
 _PARTS = ("codes", "scales")
-_MOST_JSON = 64 << 20  # bytes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size. Raises ExportError."""
-    try:
-        if path.stat().st_size > _MOST_JSON:
-            raise ExportError(f"{path}: larger than {_MOST_JSON >> 20} MiB")
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ExportError):
-            raise
-        raise ExportError(f"{path}: cannot be read as JSON") from error
-    if not isinstance(found, dict):
-        raise ExportError(f"{path}: not a JSON object")
-    return found
 
 
 def write_shard(path: Path, tensors: Mapping[str, Floats | Blocks], note: str) -> None:
@@ -68,7 +52,7 @@ class Shard:
 
     def __init__(self, path: Path, layouts: Mapping[str, Any]) -> None:
         self.path, self._layouts = path, layouts
-        self._file = _opened(path)
+        self._file = opened(path, "np")
         self.names: tuple[str, ...] = tuple(self._file.keys())
         self.note: str = (self._file.metadata() or {}).get("note", "")
 
@@ -76,6 +60,8 @@ class Shard:
         try:
             if name not in self._layouts:
                 floats: Floats = self._file.get_tensor(name).astype(np.float32, copy=False)
+                if not np.isfinite(floats).all():
+                    raise ValueError("it has weights that are not finite")
                 return floats
             codes, scales = (self._file.get_tensor(f"{name}.{part}") for part in _PARTS)
             layout = self._layouts[name]
@@ -96,11 +82,8 @@ class QuantizedCheckpoint:
         self.settings = read_json(folder / QUANTIZATION_FILE)
         if self.settings.get("format") != FORMAT or not _layouts(self.settings.get("tensors")):
             raise ExportError(f"{folder / QUANTIZATION_FILE}: not of format {FORMAT}")
-        self.config = read_json(folder / "config.json")
-        places = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(places, dict) or not all(map(_plain, places.values())):
-            raise ExportError(f"{folder / INDEX_FILE}: weight_map must name files of this folder")
-        self._places: dict[str, str] = places
+        self.config = read_config(folder, codes=True)
+        self._places = places_of(folder)
         self._shards: dict[str, Shard] = {}
 
     def __getitem__(self, name: str) -> Floats | Blocks:
@@ -109,18 +92,11 @@ class QuantizedCheckpoint:
         if file is None:
             raise ExportError(f"{self.folder}: no tensor {name}")
         if file not in self._shards:
-            self._shards[file] = Shard(self.folder / file, layouts)
+            self._shards[file] = Shard(member(self.folder, file), layouts)
         return self._shards[file][name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self.settings["tensors"]
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path}: not a safetensors file ({error})") from error
 
 
 def _layouts(found: Any) -> bool:
@@ -131,7 +107,3 @@ def _layouts(found: Any) -> bool:
         and entry["columns"] > 0
         for entry in found.values()
     )
-
-
-def _plain(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")

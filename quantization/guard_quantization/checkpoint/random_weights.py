@@ -20,13 +20,13 @@ from guard_quantization.checkpoint.tensors import (
     DTYPES,
     SHARD_BYTES,
     Entry,
-    fresh_folder,
     layout,
     shape_of,
-    write_json,
     write_tensors,
 )
 from guard_quantization.export.decoder import ExportError
+from guard_quantization.folders import write_json
+from guard_service.artifact import fresh_folder
 from guard_service.tokenizer import load_tokenizer
 
 # Unlike Llama 3.2 1B, embedding and output layer are not tied, and the rope factor is 8.

@@ -1,41 +1,44 @@
 """A Llama's tensors in the Hugging Face layout: which there are, read and written one at a time.
 
-Unlike `hf.Checkpoint`, which hands out float32 for export, tensors keep the dtype they are stored
-in. A `config.json` may have `verdict_head`: the token ids, in order, to which the output layer's
-rows were cut.
+A `config.json` may have `verdict_head`: the token ids, in order, to which the output layer's rows
+were cut.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from guard_quantization.export.decoder import ExportError, Shape
-from guard_quantization.export.hf import INDEX_FILE, SINGLE_FILE, Checkpoint
+from guard_quantization.folders import check_room, member, read_json, write_json
+from guard_service.manifest import json_object
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SHARD_BYTES = 2**30
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 # Files beside the weights that go along into a folder that is made of another.
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.jinja", "LICENSE.txt", "USE_POLICY.md"),
 )
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST = 2**20  # no size in a config is larger
-_MOST_CONFIG_BYTES = 2**20
+_MOST_HEADER = 100_000_000  # bytes; the library takes no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,36 @@ class Entry:
         return math.prod(self.shape) * size
 
 
-class Tensors(Checkpoint):
-    """Tensors of a safetensors folder in the dtype they are stored in; see `Checkpoint`."""
+class Tensors:
+    """Tensors of a safetensors folder by name, read when asked for and not kept.
+
+    Raises ExportError for a folder without safetensors (pickles are never read), for damaged files
+    and for tensors that are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places = places_of(folder)
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.clear()
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        """The tensor in float32."""
+        floats: NDArray[np.float32] = self.read(name).float().numpy()
+        return floats
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file. Raises ExportError."""
+        """The tensor in the dtype it is stored in, mapped from its file."""
         try:
             tensor: Tensor = self._file(name).get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -64,7 +92,7 @@ class Tensors(Checkpoint):
         return tensor
 
     def entry(self, name: str) -> Entry:
-        """Shape and dtype, from the file's header. Raises ExportError."""
+        """Shape and dtype, from the file's header."""
         try:
             part = self._file(name).get_slice(name)
             return Entry(name, tuple(part.get_shape()), str(part.get_dtype()))
@@ -83,7 +111,7 @@ class Tensors(Checkpoint):
             )
         file = self._places[name]
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            self._open[file] = opened(member(self.folder, file))
         return self._open[file]
 
     def _unreadable(self, name: str, error: Exception) -> ExportError:
@@ -91,18 +119,60 @@ class Tensors(Checkpoint):
         return ExportError(f"{file}: {name} cannot be read ({error}); download the file anew")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a plain Llama whose sizes make sense. Raises ExportError."""
-    path = folder / "config.json"
+def places_of(folder: Path) -> dict[str, str]:
+    """Which file of a safetensors folder holds each tensor. Raises ExportError."""
+    if (folder / INDEX_FILE).exists():
+        places = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(places, dict) or not all(map(_plain, places.values())):
+            raise ExportError(f"{folder / INDEX_FILE}: weight_map must name files of this folder")
+        return places
+    if not (folder / SINGLE_FILE).exists():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ExportError(
+                f"{folder}: its weights ({pickles[0]}) are pickles, which can run code and are "
+                "never read; take the model's safetensors, or convert them where that may be done"
+            )
+        raise ExportError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} here")
+    return dict.fromkeys(opened(member(folder, SINGLE_FILE)).keys(), SINGLE_FILE)
+
+
+def opened(path: Path, framework: str = "pt") -> Any:
+    """A safetensors file whose header is sound. Raises ExportError.
+
+    The library checks offsets and shapes, and takes the last of two tensors of one name; that
+    header is refused here.
+    """
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise ExportError(f"{path}: larger than a configuration can be")
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ExportError(f"{path}: not a JSON object")
-    shape_of(config)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size <= _MOST_HEADER:
+                json_object(file.read(size))
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ExportError(
+            f"{path}: not a whole safetensors file ({error}); download it anew"
+        ) from error
+
+
+def _plain(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
+def read_config(folder: Path, *, codes: bool = False) -> dict[str, Any]:
+    """config.json of a plain Llama whose sizes make sense. Raises ExportError.
+
+    With `codes` it may be of a folder that the quantize stage made.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config") and not codes:
+        raise ExportError(
+            f"{folder / 'config.json'}: the weights are quantized; take the float checkpoint"
+        )
+    try:
+        shape_of(config)
+    except ExportError as error:
+        raise ExportError(f"{folder}/{error}") from error
     return config
 
 
@@ -110,13 +180,14 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     """`Shape.of`, with every field checked that it reads. Raises ExportError naming the field."""
     names = config.get("architectures", ["LlamaForCausalLM"])
     if names != ["LlamaForCausalLM"]:
-        raise ExportError(f"config.json: architectures is {names!r}, must be ['LlamaForCausalLM']")
-    if config.get("quantization_config"):
-        raise ExportError("config.json: the weights are quantized; take the float checkpoint")
+        raise ExportError(
+            f"config.json: architectures is {_short(names)}; only ['LlamaForCausalLM'] can be read "
+            "here, as Llama Guard 3 1B and 8B are"
+        )
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     _check_sizes({name: config.get(name) for name in (*sizes, "vocab_size")})
-    _check_sizes({name: config[name] for name in ("num_key_value_heads", "head_dim")
-                  if config.get(name) is not None})  # fmt: skip
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    _check_sizes({name: config[name] for name in optional if config.get(name) is not None})
     try:
         shape = Shape.of(config)
         sound = bool(0 < shape.eps < 1) and all(map(math.isfinite, shape.frequencies))
@@ -140,7 +211,15 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 def _check_sizes(sizes: Mapping[str, Any]) -> None:
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value < _MOST:
-            raise ExportError(f"config.json: {name} is {value!r}, must be a positive whole number")
+            raise ExportError(
+                f"config.json: {name} is {_short(value)}, must be a whole number, 1 to {_MOST - 1}"
+            )
+
+
+def _short(value: Any) -> str:
+    """A stranger's value in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_head(head: Any, shape: Shape) -> None:
@@ -184,6 +263,27 @@ def parameters(config: Mapping[str, Any]) -> int:
     return sum(math.prod(shape) for _, shape in layout(config))
 
 
+def stored_bytes(
+    config: Mapping[str, Any], head_rows: int, bits: int, block: int, embedding_bits: int
+) -> int:
+    """Bytes of a Llama's weights as codes and float16 scales; norms and head are float32.
+
+    `bits` is 4, 8 or 32 (float32); an embedding of 8 bits has one scale for each token.
+    """
+    hidden = shape_of(config).hidden
+    total = 4 * head_rows * hidden
+    for name, shape in layout(config):
+        if name == HEAD:
+            continue
+        own, width = (embedding_bits, hidden) if name == EMBEDDING else (bits, block)
+        width = block if own == 4 else width
+        if len(shape) == 1 or own == 32:
+            total += 4 * math.prod(shape)
+        else:
+            total += shape[0] * -(-shape[1] // width) * (width * own // 8 + 2)
+    return total
+
+
 def check_tensors(
     tensors: Tensors, config: Mapping[str, Any], done: Callable[[int], None] = lambda count: None
 ) -> list[Entry]:
@@ -214,22 +314,6 @@ def check_tensors(
     return found
 
 
-@contextmanager
-def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name only when the block ends well.
-
-    Raises FileExistsError when `folder` exists: nothing is written over.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; results are never written over")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        made = Path(place) / folder.name
-        made.mkdir()
-        yield made
-        made.rename(folder)
-
-
 def write_tensors(
     folder: Path,
     entries: Sequence[Entry],
@@ -243,13 +327,7 @@ def write_tensors(
     has not enough room, before anything is written.
     """
     total = sum(entry.bytes for entry in entries)
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"the weights take {total / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; make room",
-            str(folder),
-        )
+    check_room(folder, total)
     shards = _shards(entries, shard_bytes)
     files = [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -275,15 +353,8 @@ def write_tensors(
 def copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer and papers of a checkpoint; never code or weights."""
     for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """As Hugging Face writes its JSON, all of it or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    partial.replace(path)
+        if (source / name).exists():
+            shutil.copyfile(member(source, name), folder / name)
 
 
 def _shards(entries: Iterable[Entry], most: int) -> list[list[Entry]]:

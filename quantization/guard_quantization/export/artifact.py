@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from guard_policies.assessment import Direction
+from guard_quantization.checkpoint.tensors import stored_bytes
 from guard_quantization.export.decoder import (
     ExportError,
     Precision,
@@ -19,10 +20,9 @@ from guard_quantization.export.decoder import (
     Weights,
     export_graphs,
 )
-from guard_quantization.export.graph import DATA_FILE
-from guard_service.artifact import TOKENIZER_FILE, Artifact, write_artifact
+from guard_quantization.folders import check_room
+from guard_service.artifact import TOKENIZER_FILE, Artifact, fresh_folder, load, seal
 from guard_service.engines.onnx import OnnxEngine
-from guard_service.engines.plans import graph_file
 from guard_service.manifest import Calibration, Geometry, Manifest, Quantization, Verdict
 
 Turns = tuple[tuple[str, str], ...]
@@ -106,26 +106,24 @@ def make_artifact(
     """Make an artifact folder. `head_is_cut`: lm_head has only the rows of `verdict_tokens`.
 
     The golden prompts are scored by the engine that serves, on what was exported. Raises
-    FileExistsError when `folder` exists, ExportError for a model that cannot be exported.
+    FileExistsError when `folder` exists, ExportError for a model that cannot be exported, OSError
+    when the disk is too small.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; artifacts are never written over")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     verdict = verdict_tokens(tokenizer, release.codes or release.categories)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        made = Path(place)
+    p = precision
+    check_room(folder, stored_bytes(config, len(verdict.head), p.bits, p.block, p.embedding_bits))
+    with fresh_folder(folder) as made:
         head = None if head_is_cut else verdict.head
         parameters = export_graphs(made, config, weights, head, precision)
         (made / TOKENIZER_FILE).write_text(tokenizer.to_str(), "utf-8")
-        graphs = map(graph_file, precision.plans)
-        files = {name: made / name for name in (*graphs, DATA_FILE, TOKENIZER_FILE)}
+        for name, document in release.documents.items():
+            shutil.copyfile(document, made / name)
         manifest = _manifest(config, release, verdict, precision, parameters)
-        draft = write_artifact(made / "draft", manifest, files)
-        engine = OnnxEngine(draft)
+        engine = OnnxEngine(seal(made, manifest))
         golden = tuple(engine.score(turns) for turns in release.golden)
         engine.close()
-        final = replace(manifest, golden=golden)
-        return write_artifact(folder, final, {**files, **release.documents})
+        seal(made, replace(manifest, golden=golden))
+    return load(folder)
 
 
 def _manifest(

@@ -25,11 +25,10 @@ from guard_quantization.checkpoint.tensors import (
     Tensors,
     check_tensors,
     layout,
-    read_config,
     shape_of,
 )
 from guard_quantization.export.decoder import ExportError, Shape, rotary_frequencies
-from guard_quantization.export.hf import read_source
+from guard_quantization.export.hf import Source, read_source
 from guard_quantization.training import Report
 
 Floats = NDArray[np.float32]
@@ -58,11 +57,12 @@ def write_gguf(source: Path, out: Path, kind: str) -> None:
         raise ExportError(f"type is {kind!r}, must be one of {', '.join(TYPES)}")
     if out.exists():
         raise FileExistsError(f"{out} exists; results are never written over")
+    read = read_source(source)
     llama_cpp = None if kind == "f16" else _library("llama_cpp", "peers")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
         made = Path(place) / "f16.gguf"
-        _write_floats(source, made)
+        _write_floats(source, read, made)
         if llama_cpp is not None:
             floats, made = made, Path(place) / f"{kind}.gguf"
             _quantize(llama_cpp, floats, made, kind)
@@ -103,13 +103,12 @@ def whole_head(rows: Floats, head: tuple[int, ...], vocab: int) -> Floats:
     return whole
 
 
-def _write_floats(source: Path, path: Path) -> None:
+def _write_floats(source: Path, read: Source, path: Path) -> None:
     gguf = _library("gguf", "peers")
-    config, tokenizer = read_config(source), read_source(source).tokenizer
-    shape = shape_of(config)
+    config, shape = read.config, shape_of(read.config)
     writer = gguf.GGUFWriter(path, "llama")
     _describe(writer, config, shape)
-    _tokens(writer, gguf.TokenType, tokenizer, shape.vocab)
+    _tokens(writer, gguf.TokenType, read.tokenizer, shape.vocab)
     for name, size in _layout(config, shape):
         kind = np.dtype(np.float16 if len(size) == 2 else np.float32)
         writer.add_tensor_info(name, size, kind, int(np.prod(size)) * kind.itemsize)

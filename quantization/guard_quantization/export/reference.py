@@ -8,7 +8,6 @@ token of each column.
 from __future__ import annotations
 
 import importlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -21,8 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from guard_quantization.checkpoint.streaming import load_llama
-from guard_quantization.checkpoint.tensors import copy_companions, fresh_folder, read_config
+from guard_quantization.checkpoint.tensors import copy_companions, read_config
 from guard_quantization.export.decoder import ExportError
+from guard_quantization.folders import write_json
+from guard_service.artifact import fresh_folder
 
 Floats = NDArray[np.float32]
 RECORD_FILE = "reference.json"
@@ -37,8 +38,8 @@ def export_reference(source: Path, out: Path) -> dict[str, Any]:
     Raises ExportError where optimum is not installed, the checkpoint is not a plain Llama, or the
     graph's logits are not torch's; FileExistsError when `out` exists.
     """
-    convert = _optimum()
     config = read_config(source)
+    convert = _optimum()
     with fresh_folder(out) as made:
         model = load_llama(source).requires_grad_(False).eval()
         with warnings.catch_warnings():  # of the tracer, about branches that inputs do not reach
@@ -47,14 +48,14 @@ def export_reference(source: Path, out: Path) -> dict[str, Any]:
                 model, made, task="text-generation-with-past", do_validation=False, opset=18
             )
         copy_companions(source, made)
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_json(made / "config.json", config)
         record = {
             "format": "guard-reference/1",
             **_checked(made, model, config),
             "random_weights": bool(config.get("random_weights")),
             "versions": {name: version(name) for name in ("optimum", "optimum-onnx", "torch")},
         }
-        (made / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_json(made / RECORD_FILE, record)
     return record
 
 

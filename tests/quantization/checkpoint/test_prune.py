@@ -349,7 +349,7 @@ def test_truncated_and_pickled_weights_are_refused(sound: Path, tmp_path: Path) 
     shutil.copytree(sound, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(folder, tmp_path, "not a safetensors file")
+    refused(folder, tmp_path, "not a whole safetensors file")
     weights.rename(folder / "pytorch_model.bin")
     refused(folder, tmp_path, "pickles")
 

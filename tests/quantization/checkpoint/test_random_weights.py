@@ -16,9 +16,9 @@ from guard_quantization.checkpoint.random_weights import (
     LLAMA_GUARD_3_1B_CONFIG,
     write_random_checkpoint,
 )
-from guard_quantization.checkpoint.tensors import parameters
+from guard_quantization.checkpoint.tensors import Tensors, parameters
 from guard_quantization.export.decoder import ExportError
-from guard_quantization.export.hf import Checkpoint, read_source
+from guard_quantization.export.hf import read_source
 from tests.quantization.tiny_llama import SIZES
 from tests.quantization.verdict_tokenizer import verdict_ranks, verdict_tokenizer
 
@@ -65,7 +65,7 @@ def test_weights_depend_on_the_seed_and_not_on_the_shards(tmp_path: Path, ranks:
 
     def made(folder: str, seed: int, shard_bytes: int) -> Any:
         write_random_checkpoint(tmp_path / folder, CONFIG, ranks, seed, shard_bytes=shard_bytes)
-        return Checkpoint(tmp_path / folder)[name]
+        return Tensors(tmp_path / folder)[name]
 
     one, same, other = made("a", 1, 50_000), made("b", 1, 2**30), made("c", 2, 2**30)
     assert (one == same).all() and (one != other).any()
@@ -76,8 +76,8 @@ def test_norms_are_near_one_with_outliers_on_request(tmp_path: Path, ranks: Path
     write_random_checkpoint(tmp_path / "plain", CONFIG, ranks, 1)
     write_random_checkpoint(tmp_path / "spiked", CONFIG, ranks, 1, outliers=3)
     name = "model.layers.{}.input_layernorm.weight"
-    assert abs(Checkpoint(tmp_path / "plain")[name.format(0)] - 1).max() < 0.4
-    first, last = (Checkpoint(tmp_path / "spiked")[name.format(at)] > 5 for at in (0, 3))
+    assert abs(Tensors(tmp_path / "plain")[name.format(0)] - 1).max() < 0.4
+    first, last = (Tensors(tmp_path / "spiked")[name.format(at)] > 5 for at in (0, 3))
     assert first.sum() == 3 and (first == last).all()
 
 

@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from guard_policies.taxonomy import LLAMA_GUARD_3
+from guard_quantization.checkpoint.tensors import Tensors
 from guard_quantization.export.artifact import verdict_tokens
 from guard_quantization.export.decoder import ExportError, Precision, export_graphs
-from guard_quantization.export.hf import LLAMA_GUARD_3_1B, Checkpoint, export_checkpoint
+from guard_quantization.export.hf import LLAMA_GUARD_3_1B, export_checkpoint
 from guard_service.artifact import load
 from guard_service.conversation import Conversation
 from guard_service.engines.onnx import OnnxEngine
@@ -75,7 +76,7 @@ def test_float_graph_equals_transformers_with_and_without_a_snapshot(
         logits = reference(source)(torch.from_numpy(whole)).logits.numpy()
     wanted = np.stack([logits[at, 300 + read[at]][:, head] for at in range(3)])
     config = json.loads((source / "config.json").read_text())
-    runner = Runner(tmp_path, config, Checkpoint(source), FLOAT, head)
+    runner = Runner(tmp_path, config, Tensors(source), FLOAT, head)
     assert wanted.std() > 0.5
     np.testing.assert_allclose(runner.logits(whole, read + 300), wanted, atol=1e-3, rtol=1e-4)
     past = runner.snapshot(prefix)
@@ -122,7 +123,7 @@ def test_an_index_may_not_lead_out_of_its_folder(source: Path, tmp_path: Path) -
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}}))
     with pytest.raises(ExportError, match="weight_map"):
-        Checkpoint(folder)
+        Tensors(folder)
 
 
 def test_damaged_and_missing_tensors_are_named(source: Path, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_damaged_and_missing_tensors_are_named(source: Path, tmp_path: Path) -> 
     for shard in folder.glob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:100])
     config = json.loads((folder / "config.json").read_text())
-    with pytest.raises(ExportError, match="cannot be read"):
-        export_graphs(tmp_path, config, Checkpoint(folder), (1,), FLOAT)
+    with pytest.raises(ExportError, match="not a whole safetensors file"):
+        export_graphs(tmp_path, config, Tensors(folder), (1,), FLOAT)
     with pytest.raises(ExportError, match="no tensor x"):
-        Checkpoint(folder)["x"]
+        Tensors(folder)["x"]

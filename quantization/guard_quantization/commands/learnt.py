@@ -1,4 +1,4 @@
-"""guard-quantize student and steps: a trained student as a checkpoint, and what steps cost."""
+"""guard-quantize grow, renew and steps: artifacts as a beginning, and what steps cost."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ from typing import Annotated
 
 import typer
 
-from guard_quantization.commands.options import Data, Recipe, Threads
+from guard_quantization.commands.options import Data, Threads
+
+Model = Annotated[str, typer.Argument(help='Artifact folder, or "starter".')]
 
 
-def student(
-    recipe: Recipe,
+def grow(
+    model: Model,
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
-    data: Data,
-    runs: Annotated[Path, typer.Option(help="Where stages keep their results.")] = Path("runs"),
-    encoder: Annotated[
-        Path | None, typer.Option(help="Folder of a BERT sentence encoder; none: the packaged one.")
-    ] = None,
-    threads: Threads = 2,
+    layers: Annotated[int, typer.Option(help="How many it is to have.", min=1)],
+    intermediate_size: Annotated[int, typer.Option(help="Width of its MLPs.", min=1)],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Write the student of a starter's recipe as a checkpoint in the Hugging Face layout."""
-    import torch
+    """Write an artifact as a checkpoint with more layers and neurons, which computes the same."""
+    from guard_quantization.checkpoint.grow import grow_artifact
+    from guard_service.artifact import load_named
 
-    from guard_quantization.commands.run import packaged_encoder
-    from guard_quantization.recipe import load_starter_recipe
-    from guard_quantization.starter.checkpoint import save_student
-    from guard_quantization.starter.pipeline import Pipeline
-
-    torch.set_num_threads(threads)
-    read = load_starter_recipe(recipe)
-    save_student(Pipeline(read, data, runs, encoder or packaged_encoder()), out)
+    grow_artifact(load_named(model), out, layers, intermediate_size, seed)
     typer.echo(f"made {out}")
+
+
+def renew(
+    model: Model, out: Annotated[Path, typer.Argument(help="Artifact folder to make.")]
+) -> None:
+    """Write an artifact of an earlier version with the graphs of this one, weights untouched."""
+    from guard_quantization.export.renew import renewed
+    from guard_service.artifact import load_named
+
+    made = renewed(load_named(model), out)
+    typer.echo(f"made {out}: {made.manifest.name} {made.digest}")
 
 
 def steps(

@@ -22,7 +22,6 @@ from guard_quantization.export.artifact import verdict_tokens
 from guard_quantization.llama import GuardLlama
 from guard_quantization.recipe import Epoch, Recipe, shares
 from guard_quantization.starter.exchange import exchanged_rows
-from guard_quantization.starter.grow import grown
 from guard_quantization.starter.student import HEAD_ROWS, Classroom, Student, distill
 from guard_quantization.starter.teacher import CODES, Judge, train_teacher
 from guard_quantization.starter.vocabulary import token_vectors, train_tokenizer
@@ -50,7 +49,6 @@ class Pipeline:
         self.recipe, self.data, self.encoder, self.wordnet = recipe, data, encoder, wordnet
         self.folder = runs / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.base = recipe.base and Pipeline(recipe.base, data, runs, encoder, wordnet)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -90,8 +88,6 @@ class Pipeline:
 
     def tokenizer(self) -> Tokenizer:
         """Stage 1: the student's tokenizer."""
-        if self.base:
-            return self.base.tokenizer()
         path = self.folder / "tokenizer.json"
 
         def make() -> None:
@@ -104,8 +100,6 @@ class Pipeline:
 
     def teacher(self) -> Judge:
         """Stage 2: the fine-tuned encoder."""
-        if self.base:
-            return self.base.teacher()
         plan = self.recipe.teacher
         judge = Judge(self.encoder, plan.most_tokens)
         checkpoint = self.folder / "teacher.pt"
@@ -122,8 +116,6 @@ class Pipeline:
 
     def views(self) -> tuple[dict[str, int], Tensor, Tensor]:
         """Stage 3: what the teacher thinks of the student's rows: index by id, logits, outputs."""
-        if self.base:
-            return self.base.views()
         path = self.folder / "views.pt"
 
         def make() -> None:
@@ -166,8 +158,7 @@ class Pipeline:
                 quantized_from=plan.quantized_from,
             )
 
-        sections = ("tokenizer", "teacher", "student", *(("base",) if self.base else ()))
-        self._stage("student", sections, make)
+        self._stage("student", ("tokenizer", "teacher", "student"), make)
         state = torch.load(checkpoint, weights_only=True)["model"]
         llama = GuardLlama(plan.llama(tokenizer.get_vocab_size()), HEAD_ROWS, plan.dropout)
         student = Student(llama, len(state["project.weight"]))
@@ -176,19 +167,8 @@ class Pipeline:
         return student, Classroom(builder, spoken, {})
 
     def new_student(self, tokenizer: Tokenizer) -> Student:
-        """A student at its beginning: embeddings from the encoder, a last layer that pools.
-
-        With a base, the base's student grown to this shape.
-        """
+        """A student at its beginning: embeddings from the encoder, a last layer that pools."""
         shape = self.recipe.student.llama(tokenizer.get_vocab_size())
-        if self.base:
-            taught = self.base.student()[0]
-            llama = GuardLlama(shape, HEAD_ROWS, self.recipe.student.dropout)
-            state = taught.llama.state_dict()
-            llama.load_state_dict(grown(state, taught.llama.shape, shape, self.recipe.seed))
-            student = Student(llama, taught.project.out_features)
-            student.project.load_state_dict(taught.project.state_dict())
-            return student
         encoder_tokenizer = AutoTokenizer.from_pretrained(self.encoder, local_files_only=True)
         encoder = BertModel.from_pretrained(self.encoder, local_files_only=True).eval()
         torch.manual_seed(self.recipe.seed)

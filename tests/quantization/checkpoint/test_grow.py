@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from guard_quantization.__main__ import app
+from guard_quantization.checkpoint.grow import grow_artifact, grown
+from guard_quantization.evaluation.judges import CheckpointJudge
+from guard_quantization.export.agree import probe_prompts
+from guard_quantization.export.decoder import Precision
 from guard_quantization.llama import GuardLlama, LlamaShape
-from guard_quantization.starter.grow import grown
+from guard_service.engines.onnx import OnnxEngine
+from tests.service.tiny_artifact import RELEASE, tiny_artifact
 
 SMALL = LlamaShape(50, 64, 96, 2, 2, 1, head_dim=32, max_position_embeddings=64)
 LARGE = replace(SMALL, num_hidden_layers=5, intermediate_size=160)
@@ -25,7 +33,8 @@ def small() -> GuardLlama:
 def large(seed: int = 0) -> GuardLlama:
     made = GuardLlama(LARGE, 5)
     made.eval()
-    made.load_state_dict(grown(small().state_dict(), SMALL, LARGE, seed))
+    state = {k: v for k, v in small().state_dict().items() if k not in ("cos", "sin")}
+    made.load_state_dict(grown(state, 5, 160, seed))
     return made
 
 
@@ -54,14 +63,22 @@ def test_the_seed_decides_what_new_neurons_read() -> None:
     assert torch.equal(first[:96], small().state_dict()[name])
 
 
-@pytest.mark.parametrize(
-    ("after", "told"),
-    [
-        (replace(LARGE, num_hidden_layers=1), "fewer layers or neurons"),
-        (replace(LARGE, intermediate_size=64), "fewer layers or neurons"),
-        (replace(LARGE, hidden_size=96), "layers and neurons only"),
-    ],
-)
-def test_what_cannot_grow_is_told(after: LlamaShape, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        grown(small().state_dict(), SMALL, after, 0)
+@pytest.mark.parametrize(("layers", "width"), [(1, 160), (5, 64)])
+def test_nothing_shrinks(layers: int, width: int) -> None:
+    with pytest.raises(ValueError, match="cannot grow"):
+        grown(small().state_dict(), layers, width, 0)
+
+
+def test_an_artifact_grows_into_a_checkpoint_that_judges_alike(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", precision=Precision(32, 32, 32))
+    out = tmp_path / "grown"
+    grow_artifact(artifact, out, layers=4, width=160, seed=0)
+    prompts = probe_prompts(artifact, 4)
+    engine, judge = OnnxEngine(artifact), CheckpointJudge(out, RELEASE.template)
+    for known, found in zip(engine.assess(prompts), judge.assess(prompts), strict=True):
+        assert known.assessment.unsafe_score == pytest.approx(
+            found.assessment.unsafe_score, abs=1e-4
+        )
+    engine.close()
+    asked = ["grow", str(artifact.folder), str(out), "--layers", "4", "--intermediate-size", "160"]
+    assert isinstance(CliRunner().invoke(app, asked).exception, FileExistsError)

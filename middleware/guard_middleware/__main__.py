@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SettingsError, ValueError) as wrong:
         print(f"the settings are wrong:\n{wrong}", file=sys.stderr)
         return USAGE
-    asyncio.run(sidecar.serve())
+    sidecar.run()
     return 0 if sidecar.server.started else 1
 
 

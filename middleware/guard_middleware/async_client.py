@@ -18,11 +18,17 @@ from guard_middleware.channel import open_aio_channel
 from guard_middleware.errors import GuardError
 from guard_middleware.fallback import LEARN_TIMEOUT_S, Fallback
 from guard_middleware.retry import Attempts
-from guard_middleware.service_info import PolicyList, ServiceInfo, read_info, read_policies
+from guard_middleware.service_info import (
+    PolicyList,
+    PolicySummary,
+    ServiceInfo,
+    read_info,
+    read_policies,
+)
 from guard_middleware.stream_watch import Watch
 from guard_middleware.terms import Terms
 from guard_middleware.turns import Turns, direction_of
-from guard_middleware.verdict import Outcome, StreamOutcome
+from guard_middleware.verdict import Outcome, PolicyRef, StreamOutcome
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -41,7 +47,7 @@ class AsyncGuardClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._terms = terms or Terms()
-        self._fallback = Fallback(self._terms.on_unavailable)
+        self._fallback = Fallback(self._terms.on_unavailable, self._terms.clock)
         self._breaker = self._terms.breaker()
         self._sleep = sleep
         self._channel = open_aio_channel(target, self._terms.tls)
@@ -149,6 +155,16 @@ class AsyncGuardClient:
         self._fallback.learn(policies)
         return policies
 
+    async def declared(self, policy: str = "") -> PolicySummary | None:
+        """What the policy wants of callers, asked for once; None where the guard does not tell, or
+        `on_unavailable` is not "policy"."""
+        await self._learn()
+        return self._fallback.declared(policy)
+
+    def saw(self, policy: PolicyRef) -> None:
+        """A verdict was by this policy: where it has changed, its wishes are asked for again."""
+        self._fallback.saw(policy)
+
     async def info(self, *, timeout_s: float | None = None) -> ServiceInfo:
         """What is running: version, models, limits."""
         request = guard_pb2.GetInfoRequest()
@@ -164,8 +180,8 @@ class AsyncGuardClient:
         if self._fallback.wants_policies:
             try:
                 await self.list_policies(timeout_s=min(LEARN_TIMEOUT_S, self._terms.timeout_s))
-            except GuardError:
-                return  # unknown means block, and the call itself will tell what is wrong
+            except GuardError:  # unknown means block, and the call itself will tell what is wrong
+                self._fallback.learn(None)
 
     async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         return await self._tried(method, request, self._terms.attempts(timeout_s))

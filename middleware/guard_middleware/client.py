@@ -44,7 +44,7 @@ class GuardClient:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._terms = terms or Terms()
-        self._fallback = Fallback(self._terms.on_unavailable)
+        self._fallback = Fallback(self._terms.on_unavailable, self._terms.clock)
         self._breaker = self._terms.breaker()
         self._sleep = sleep
         self._channel = open_channel(target, self._terms.tls)
@@ -145,8 +145,8 @@ class GuardClient:
         if self._fallback.wants_policies:
             try:
                 self.list_policies(timeout_s=min(LEARN_TIMEOUT_S, self._terms.timeout_s))
-            except GuardError:
-                return  # unknown means block, and the call itself will tell what is wrong
+            except GuardError:  # unknown means block, and the call itself will tell what is wrong
+                self._fallback.learn(None)
 
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         return self._tried(method, request, self._terms.attempts(timeout_s))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from guard_middleware.formats.contract import Answer, Asked, Format, Refusal
 from guard_middleware.guards import Guard
 from guard_middleware.messages import App, Header
 from guard_middleware.metrics import Metrics
+from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
+from guard_policies.schema import DEFAULT_REFUSAL, Stream, Unscannable
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,31 @@ class Context:
     guard: Guard
     settings: Settings
     metrics: Metrics
+
+
+async def in_force(settings: Settings, guard: Guard) -> Settings:
+    """The settings, with what the guard's policy declares where they leave that to it; where that
+    is not known, what is safe."""
+    return _under(settings, await guard.policy())
+
+
+@lru_cache(maxsize=16)
+def _under(settings: Settings, policy: PolicySummary | None) -> Settings:
+    passes = policy is not None and policy.on_unscannable_prompt in _PASSES
+    unscannable = settings.unscannable
+    if unscannable == "policy":
+        unscannable = "pass" if passes else "block"
+    told = policy.refusal(settings.language) if policy else ""
+    every_chars = policy.check_every_chars if policy else 0
+    return replace(
+        settings,
+        unscannable=unscannable,
+        refusal=settings.refusal or told or DEFAULT_REFUSAL,
+        piece_chars=settings.piece_chars or every_chars or Stream().check_every_chars,
+    )
+
+
+_PASSES = (Unscannable.ALLOW, Unscannable.FLAG)
 
 
 def id_header(id_: str) -> Header:

@@ -18,6 +18,7 @@ from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import TLS
 from guard_middleware.client import AsyncGuardClient
 from guard_middleware.errors import EngineFailed, GuardError
+from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
 from guard_middleware.terms import Terms
 from guard_middleware.turns import direction_of
@@ -40,6 +41,10 @@ class Guard(Protocol):
         self, conversation: Conversation, pieces: AsyncIterable[Piece]
     ) -> AsyncGenerator[StreamOutcome]:
         """Outcomes on a growing reply to the conversation; the last one has `final`."""
+        ...
+
+    async def policy(self) -> PolicySummary | None:
+        """What its policy wants of callers; None where that is not known."""
         ...
 
     async def ready(self) -> bool:
@@ -95,6 +100,13 @@ class RemoteGuard:
         except GuardError as error:
             yield StreamOutcome(self._settled(_blocked(error), Direction.RESPONSE), 0, final=True)
 
+    async def policy(self) -> PolicySummary | None:
+        """What its policy wants of callers; None where that is not known."""
+        try:
+            return await (await self._client()).declared(self._settings.policy)
+        except GuardError:
+            return None
+
     async def ready(self) -> bool:
         """Whether it would judge now."""
         try:
@@ -116,6 +128,8 @@ class RemoteGuard:
     def _settled(self, outcome: Outcome, direction: Direction) -> Outcome:
         """With what our own settings say of a message that could not be judged."""
         if outcome.judged:
+            if self._made is not None:
+                self._made.saw(outcome.policy)
             return outcome
         settings = self._settings
         wish = {

@@ -8,6 +8,15 @@ from datetime import UTC, datetime
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_middleware.verdict import ModelRef, PolicyRef, read_action, seconds
 from guard_policies.assessment import Action
+from guard_policies.schema import Unscannable, widening
+
+# What is not known here is as if nothing had been declared.
+_UNSCANNABLE = {
+    guard_pb2.ON_UNSCANNABLE_ALLOW: Unscannable.ALLOW,
+    guard_pb2.ON_UNSCANNABLE_FLAG: Unscannable.FLAG,
+    guard_pb2.ON_UNSCANNABLE_BLOCK: Unscannable.BLOCK,
+    guard_pb2.ON_UNSCANNABLE_ERROR: Unscannable.ERROR,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class ServiceInfo:
 
 @dataclass(frozen=True, slots=True)
 class PolicySummary:
-    """A policy that requests may name, and what it wants done when it cannot be asked."""
+    """A policy that requests may name, and what it wants callers to do."""
 
     policy: PolicyRef
     description: str
@@ -56,6 +65,15 @@ class PolicySummary:
     categories: tuple[str, ...]
     on_unavailable_prompt: Action
     on_unavailable_response: Action
+    on_unscannable_prompt: Unscannable
+    on_unscannable_response: Unscannable
+    refusals: tuple[tuple[str, str], ...]  # by language tag in lower case; "" is the base
+    check_every_chars: int  # 0 where a guard does not tell
+
+    def refusal(self, language: str = "") -> str:
+        """The text in place of what was blocked; empty where a guard does not tell any."""
+        texts = dict(self.refusals)
+        return next((texts[tag] for tag in widening(language) if tag in texts), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +124,10 @@ def _policy(wire: guard_pb2.PolicySummary) -> PolicySummary:
         categories=tuple(wire.categories),
         on_unavailable_prompt=_declared(wire.on_unavailable_prompt),
         on_unavailable_response=_declared(wire.on_unavailable_response),
+        on_unscannable_prompt=_UNSCANNABLE.get(wire.on_unscannable_prompt, Unscannable.BLOCK),
+        on_unscannable_response=_UNSCANNABLE.get(wire.on_unscannable_response, Unscannable.BLOCK),
+        refusals=tuple(sorted(wire.refusals.items())),
+        check_every_chars=wire.check_every_chars,
     )
 
 

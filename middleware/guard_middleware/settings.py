@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from guard_policies.schema import DEFAULT_REFUSAL
-
 ENVIRONMENT_PREFIX = "GUARDED_"
 MIB = 2**20
 
@@ -48,7 +46,9 @@ class Settings:
     guard_stream_timeout_s: float = _knob(3600.0, "for the verdicts on one whole stream", 0.001)
 
     mode: str = _choice("enforce", "shadow judges and reports, and changes nothing", "shadow")
-    refusal: str = _knob(DEFAULT_REFUSAL, "what is said in place of what was blocked")
+    refusal: str = _knob(
+        "", "what is said in place of what was blocked; empty: what the policy says, in `language`"
+    )
     refuse_with: str = _choice(
         "answer", "a reply with finish reason content_filter, or HTTP 400", "error"
     )
@@ -63,7 +63,10 @@ class Settings:
         "judge", "system and developer turns, tool definitions: judged, or the operator's", "trust"
     )
     unscannable: str = _choice(
-        "block", "requests with what no guard can read: audio, image addresses, token ids", "pass"
+        "policy",
+        "requests with what no guard can read: audio, image addresses, token ids",
+        "block",
+        "pass",
     )
     on_unavailable_prompt: str = _choice(
         "policy", "when a request could not be judged", "block", "allow"
@@ -86,7 +89,11 @@ class Settings:
     )
 
     first_check_chars: int = _knob(40, "the first check of a stream comes this early", 1)
-    piece_chars: int = _knob(32, "a stream's text goes to the guard in pieces of this size", 1)
+    piece_chars: int = _knob(
+        0,
+        "a stream's text goes to the guard in pieces of this size; 0: of what its policy has judged "
+        "at a time",
+    )
     hold_chars: int = _knob(
         4096, "so much text held back asks for a verdict at once, and stops reading", 1
     )

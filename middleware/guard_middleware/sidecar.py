@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from prometheus_client import generate_latest
 
 from guard_middleware.asgi import GuardMiddleware
 from guard_middleware.formats.contract import Answer
+from guard_middleware.guards import Guard
 from guard_middleware.messages import Receive, Scope, Send, answer
 from guard_middleware.proxy import Proxy
 from guard_middleware.settings import Settings
@@ -38,11 +40,12 @@ class Places:
 class Sidecar:
     """A screened reverse proxy. For one event loop."""
 
-    def __init__(self, places: Places, settings: Settings) -> None:
-        """Raises ValueError for places that are none."""
+    def __init__(self, places: Places, settings: Settings, guard: Guard | None = None) -> None:
+        """With the guard that the settings name, or another. Raises ValueError for places that are
+        none."""
         self._proxy = Proxy(places.upstream, places.connect_timeout_s, places.read_timeout_s)
-        self.middleware = GuardMiddleware(self._proxied, settings=settings)
-        self.server = uvicorn.Server(
+        self.middleware = GuardMiddleware(self._proxied, guard, settings=settings)
+        self.server = _Unsignalled(
             uvicorn.Config(
                 self.middleware,
                 **_address(places.listen),
@@ -71,8 +74,18 @@ class Sidecar:
             )
         )
 
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; a second SIGINT does not wait. For the main thread."""
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, self.server.handle_exit, one, None)
+        await self.serve()
+
     async def serve(self) -> None:
-        """Until a signal, or `server.should_exit`; then what is under way is finished."""
+        """Until `server.should_exit`; then what is under way is finished."""
         beside = asyncio.create_task(self.admin.serve(), name="guard-admin")
         try:
             await self.server.serve()
@@ -115,7 +128,7 @@ class Sidecar:
 
 
 class _Unsignalled(uvicorn.Server):
-    """Signals are the other server's."""
+    """Leaves signals alone: uvicorn ends the process by them, before we have ended."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from itertools import takewhile
 from guard_api.v1 import guard_pb2
 from guard_middleware.calls import Piece
 from guard_middleware.guards import Conversation
+from guard_middleware.service_info import PolicySummary
 from guard_middleware.turns import direction_of
 from guard_middleware.verdict import (
     Coverage,
@@ -75,6 +76,10 @@ class FakeGuard:
             yield StreamOutcome(await self._verdict(said, Direction.RESPONSE), len(said), True)
         finally:
             self.open_streams -= 1
+
+    async def policy(self) -> PolicySummary | None:
+        """It has none."""
+        return None
 
     async def ready(self) -> bool:
         """It always is."""

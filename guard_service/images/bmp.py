@@ -30,6 +30,7 @@ def walk(data: bytes) -> Structure:
     check(pixels_at >= 14 + header)
     check(end <= size, Reason.TRUNCATED)
     check(end == size, Reason.TRAILING_DATA)
-    palette = 0 if depth > 8 else 4 << depth
-    metadata = max(pixels_at - 14 - header - palette - 12, 0)  # between the header and the rows
+    palette = 4 << depth if depth <= 8 else 0
+    masks = 16 if compression == MASKED else 0
+    metadata = max(pixels_at - 14 - header - palette - masks, 0)  # between the header and the rows
     return Structure(width, abs(height), frames=1, metadata=metadata)

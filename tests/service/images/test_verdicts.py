@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Awaitable, Callable
 
-import grpc
 import pytest
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service.engines.fake import FakeEngine
-from tests.service.asking import Running, asked, message, piece, refused, start
+from tests.service.asking import Running, asked
 from tests.service.conftest import RunGuard
-from tests.service.images.drawing import BLUE, PLAIN, RED, drawn, encoded, image
+from tests.service.images.drawing import BLUE, PLAIN, RED, drawn
 
 BLOCK, ALLOW, FLAG = verdict_pb2.ACTION_BLOCK, verdict_pb2.ACTION_ALLOW, verdict_pb2.ACTION_FLAG
 FLAGGING = 'name: flagging\nversion: "1"\non_unscannable: flag\n'

@@ -263,7 +263,7 @@ async def test_prompts_are_judged_on_every_path(path: str) -> None:
     app = Wrapped(behind)
     body = {"input_prefix": BAD} if path == INFILL else asking(BAD)
     got = await call(app, path, body)
-    assert got.json["content"] == app.settings.refusal
+    assert got.json["content"] == "I can't help with that."
     assert (got.json["stop"], got.json["stop_type"]) == (True, "content_filter")
     assert behind.bodies == []
 

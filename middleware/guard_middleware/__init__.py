@@ -17,6 +17,8 @@ from guard_middleware.errors import (
     Unavailable,
     UnknownPolicy,
 )
+from guard_middleware.in_code import guarded
+from guard_middleware.in_code_calls import Blocked
 from guard_middleware.retry import Retries
 from guard_middleware.settings import Settings
 from guard_middleware.terms import Terms
@@ -28,6 +30,7 @@ __all__ = [
     "Action",
     "AsyncGuardClient",
     "BadReply",
+    "Blocked",
     "CouldNotJudge",
     "DeadlineExceeded",
     "Direction",
@@ -50,4 +53,5 @@ __all__ = [
     "Unjudged",
     "UnknownPolicy",
     "Verdict",
+    "guarded",
 ]

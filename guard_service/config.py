@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import yaml
 
 ENVIRONMENT_PREFIX = "GUARD_"
 MIB = 1024 * 1024
+TARGET = re.compile(r"unix:/.+|[^\s/]+:[0-9]{1,5}")  # of another server
 
 
 class ConfigError(ValueError):
@@ -38,7 +40,7 @@ class Settings:
     second_model: str = _knob(
         "", "second guard of cascades, in this process: as --model; policies say when it decides"
     )
-    second_guard: str = _knob("", "second guard of cascades on another server, as host:port")
+    second_guard: str = _knob("", "second guard of cascades, on another server: host:port")
     second_guard_ca: Path | None = _knob(None, "its CA (PEM); without, the channel has no TLS")
     host: str = _knob("127.0.0.1", "this machine only, until you say otherwise; or unix:/path")
     port: int = _knob(50051, "gRPC's usual port; 0 takes any free one", 0, 65535)
@@ -165,6 +167,8 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield "tls_client_ca: needs tls_cert and tls_key too"
     if settings.second_model and settings.second_guard:
         yield "second_model and second_guard: a cascade has one second guard; set one of them"
+    if settings.second_guard and not TARGET.fullmatch(settings.second_guard):
+        yield f"second_guard: {settings.second_guard!r} is neither host:port nor unix:/path"
     if settings.second_guard_ca and not settings.second_guard:
         yield "second_guard_ca: needs second_guard too"
     if settings.default_deadline_s > settings.max_deadline_s:

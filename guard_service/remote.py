@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import uuid
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,21 @@ from guard_policies.assessment import Assessment, Direction
 from guard_policies.decide import Decision, decide
 from guard_policies.schema import Policy
 from guard_service import errors
-from guard_service.conversation import Conversation
+from guard_service.conversation import Conversation, Image, Part
 from guard_service.engines import ModelCard
 from guard_service.errors import GuardServiceError
 from guard_service.moderation import Judgement, direction_of
-from guard_service.prompt import BuiltPrompt, PartReport
+from guard_service.prompt import BuiltPrompt, PartReport, Prompt
 from guard_service.wire import ACTIONS, DIRECTIONS, KINDS, kind_of, message_of
 
 ENGINE = "remote"
 INFO_TIMEOUT_S = 1.0
+MAX_REPLY_BYTES = 64 * 2**20  # a verdict is small; the images that were fetched may not be
+MIME_TYPE = re.compile(r"image/[a-z0-9.+-]{1,32}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
     ("grpc.max_send_message_length", -1),  # the other server's limit counts
     # gRPC's own pauses between connection attempts (1 s and growing) would outlast our deadlines.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -94,6 +100,7 @@ class RemoteGuard:
             language=language,
             no_cache=no_cache,
             as_second=True,
+            return_images=True,
         )
         try:
             reply = await self._stub.Classify(request, timeout=max(timeout_s, 0.001))
@@ -104,19 +111,20 @@ class RemoteGuard:
                 f"the second guard's policy {policy.name} is another one; give both the same file"
             )
         try:
-            return _judgement(reply.verdict, conversation, policy, language, began)
+            return _judgement(reply, conversation, policy, language, began)
         except (ValueError, KeyError):
             raise errors.NotAssessed("the second guard's answer cannot be used") from None
 
 
 def _judgement(
-    verdict: verdict_pb2.Verdict,
+    reply: guard_pb2.ClassifyResponse,
     conversation: Conversation,
     policy: Policy,
     language: str,
     began: float,
 ) -> Judgement:
     """What a verdict says, drawn anew from its scores. Raises ValueError where it does not hold."""
+    verdict = reply.verdict
     built = _built(verdict, conversation)
     unscannable = not all(part.judged for part in built.parts)
     scores = {one.code: one.score for one in verdict.categories}
@@ -143,7 +151,8 @@ def _judgement(
         cached_tokens=timing.cached_tokens,
         unknown_categories=tuple(c for c in verdict.coverage.unknown_categories if c in scores),
         found=(decision,),
-        conversation=conversation,
+        conversation=_as_judged(conversation, reply.images, built.parts),
+        images_s=timing.images.ToNanoseconds() / 1e9,
     )
 
 
@@ -167,7 +176,42 @@ def _built(verdict: verdict_pb2.Verdict, conversation: Conversation) -> BuiltPro
     if [(one.message_index, one.part_index, one.kind) for one in parts] != sent:
         raise ValueError("its parts are not the conversation's")
     windows = tuple((one.first_token, one.end_token) for one in coverage.windows)
-    return BuiltPrompt((), windows, coverage.conversation_tokens, direction, parts)
+    prompts = tuple(  # of which no more is known than the image
+        Prompt(direction, (), (), (), Image(digest=digest) if digest else None)
+        for digest in (_digest(one.image_digest) for one in coverage.windows)
+    )
+    return BuiltPrompt(prompts, windows, coverage.conversation_tokens, direction, parts)
+
+
+def _as_judged(
+    conversation: Conversation,
+    images: Iterable[guard_pb2.FetchedImage],
+    parts: Iterable[PartReport],
+) -> Conversation:
+    """With the bytes that the other server fetched. Raises ValueError for an image given by address
+    that it judged and did not give back: nobody would know which one that was."""
+    digests = {(one.message_index, one.part_index): one.digest for one in parts}
+    fetched = {(one.message_index, one.part_index): one for one in images}
+
+    def ready(part: Part, place: tuple[int, int]) -> Part:
+        digest = digests[place]
+        if not isinstance(part, Image) or part.data is not None or not digest:
+            return part
+        found = fetched.get(place)
+        if found is None or f"sha256:{hashlib.sha256(found.data).hexdigest()}" != digest:
+            raise ValueError("an image that it judged is not there")
+        mime_type = found.mime_type if MIME_TYPE.fullmatch(found.mime_type) else ""
+        return replace(part, data=found.data, mime_type=mime_type, digest=digest)
+
+    return Conversation(
+        tuple(
+            replace(
+                message,
+                parts=tuple(ready(part, (at, i)) for i, part in enumerate(message.parts)),
+            )
+            for at, message in enumerate(conversation.messages)
+        )
+    )
 
 
 def _part(part: verdict_pb2.PartCoverage) -> PartReport:
@@ -181,8 +225,12 @@ def _part(part: verdict_pb2.PartCoverage) -> PartReport:
         reason=part.reason if REASON.fullmatch(part.reason) else "",
         neutralised=part.neutralised,
         partly=part.state == verdict_pb2.PART_STATE_PARTLY_JUDGED,
-        digest=part.image_digest if DIGEST.fullmatch(part.image_digest) else "",
+        digest=_digest(part.image_digest),
     )
+
+
+def _digest(text: str) -> str:
+    return text if DIGEST.fullmatch(text) else ""
 
 
 def _share(score: float) -> float:

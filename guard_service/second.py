@@ -46,8 +46,8 @@ class SecondGuard:
     """Asks a guard, and after FAILURES questions in a row without an answer lets it be for SHUT_S.
 
     Only a guard that is away, or does not answer in the time that the policy gives, counts as
-    failing. Errors that it answers with may depend on what it was asked, and so may an answer that
-    is late by a caller's own short deadline: nobody's content closes the way for others.
+    failing. Errors that it answers with may depend on what it was asked and count as answers; an
+    answer that is late by a caller's own short deadline says nothing.
     """
 
     def __init__(

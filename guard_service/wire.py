@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -199,7 +198,7 @@ def verdict_of(judgement: Judgement) -> verdict_pb2.Verdict:
 
 def _coverage(judgement: Judgement) -> verdict_pb2.Coverage:
     built = judgement.built
-    shown = [prompt.image.digest if prompt.image else "" for prompt in built.prompts]
+    shown = (prompt.image.digest if prompt.image else "" for prompt in built.prompts)
     return verdict_pb2.Coverage(
         complete=all(part.judged for part in built.parts),
         parts=[_part_coverage(part) for part in built.parts],
@@ -210,7 +209,7 @@ def _coverage(judgement: Judgement) -> verdict_pb2.Coverage:
             for (first, end), score, digest in zip(
                 built.windows,
                 judgement.window_scores,
-                shown or repeat("", len(built.windows)),  # of a remote guard no prompts are known
+                shown,
                 strict=True,
             )
         ],
@@ -238,7 +237,7 @@ def fetched_of(judgement: Judgement) -> Iterator[guard_pb2.FetchedImage]:
     """The images that were given by address, with the bytes that were judged."""
     for message_index, message in enumerate(judgement.conversation.messages):
         for part_index, part in enumerate(message.parts):
-            if isinstance(part, Image) and part.uri is not None and part.picture is not None:
+            if isinstance(part, Image) and part.uri is not None and part.digest:
                 yield guard_pb2.FetchedImage(
                     message_index=message_index,
                     part_index=part_index,

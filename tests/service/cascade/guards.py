@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import struct
 import threading
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +12,8 @@ from guard_api.v1 import guard_pb2
 from guard_policies.assessment import Assessment
 from guard_service.engines import Assessed
 from guard_service.engines.fake import CODES, FakeEngine
-from guard_service.prompt import Prompt, PromptBuilder
+from guard_service.prompt import Prompt
+from tests.service.images.drawing import drawn
 
 SMALL, LARGE = "small", "large"
 
@@ -48,32 +47,9 @@ class Told(FakeEngine):
         return Assessed(Assessment(score, scores), len(prompt.body), 0)
 
 
-class Seeing(Told):
-    """The same for a guard that sees images."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        template = "llama-guard-3-11b-vision"
-        self.card = replace(self.card, judges_images=True, template=template)
-        self._builder = PromptBuilder(self._tokenizer, template, self.card.window_tokens)
-
-
-def picture() -> guard_pb2.Part:
-    """A part that is a small grey PNG."""
-    side = 16
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        ends = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + ends
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    rows = zlib.compress((b"\0" + b"\x80" * side) * side)
-    data = (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
-    return guard_pb2.Part(image=guard_pb2.Image(data=data, mime_type="image/png"))
-
-
 def with_picture(text: str) -> guard_pb2.Message:
     """The user's text and a picture."""
-    return guard_pb2.Message(role=guard_pb2.ROLE_USER, parts=[guard_pb2.Part(text=text), picture()])
+    picture = guard_pb2.Image(data=drawn())
+    return guard_pb2.Message(
+        role=guard_pb2.ROLE_USER, parts=[guard_pb2.Part(text=text), guard_pb2.Part(image=picture)]
+    )

@@ -19,7 +19,7 @@ from tests.service.asking import (
     refused,
     start,
 )
-from tests.service.cascade.guards import LARGE, SMALL, Seeing, Told, says, with_picture
+from tests.service.cascade.guards import LARGE, SMALL, Told, says, with_picture
 from tests.service.conftest import RunGuard
 
 HEAD = "name: tiered\nversion: '1'\n"
@@ -60,7 +60,7 @@ async def test_a_category_goes_up_from_its_score_on(run_guard: RunGuard) -> None
 
 
 async def test_an_image_is_for_the_second_and_the_first_is_not_asked(run_guard: RunGuard) -> None:
-    small, large = Told(SMALL), Seeing(LARGE)
+    small, large = Told(SMALL), Told(LARGE, sees_images=True)
     guard = await run_guard(small, (BAND,), second=large)
     text = says(0.1, 0.9)
     assert await judged(guard, with_picture(text)) == ("BLOCK", 0.9, LARGE, "second", "IMAGE")
@@ -73,7 +73,7 @@ async def test_without_images_in_the_cascade_the_first_does_with_them_what_it_ca
     run_guard: RunGuard,
 ) -> None:
     policy = HEAD + "on_unscannable: flag\ncascade: {band: [0.25, 0.75], images: false}\n"
-    guard = await run_guard(Told(SMALL), (policy,), second=Seeing(LARGE))
+    guard = await run_guard(Told(SMALL), (policy,), second=Told(LARGE, sees_images=True))
     assert await judged(guard, with_picture(says(0.1, 0.9))) == (
         "FLAG",
         0.1,

@@ -26,7 +26,7 @@ from guard_service.metrics import CascadeMetrics
 from guard_service.moderation import Judgement
 from guard_service.second import FAILURES, SHUT_S, SecondGuard
 from tests.service.asking import PATIENCE_S, asked, fetched, refused, until
-from tests.service.cascade.guards import LARGE, SMALL, Seeing, Told, says, with_picture
+from tests.service.cascade.guards import LARGE, SMALL, Told, says, with_picture
 from tests.service.conftest import RunGuard
 
 POLICY = "name: {name}\nversion: '1'\n{more}cascade: {{band: [0.25, 0.75], {cascade}}}\n"
@@ -107,7 +107,7 @@ async def test_an_image_without_the_second_is_what_the_policy_does_with_unread_o
     run_guard: RunGuard, on_unscannable: str, expected: str
 ) -> None:
     policy = f"on_unscannable: {on_unscannable}\n" + FIRST
-    large = Seeing(LARGE)
+    large = Told(LARGE, sees_images=True)
     guard = await run_guard(Told(SMALL), (policy,), second=large)
     call = asked(with_picture(says(0.1, 0.1)), policy="lenient")
     large.gate.clear()

@@ -91,7 +91,7 @@ class Settings:
     first_check_chars: int = _knob(40, "the first check of a stream comes this early", 1)
     piece_chars: int = _knob(
         0,
-        "a stream's text goes to the guard in pieces of this size; 0: of what its policy has judged "
+        "a stream's text goes to the guard in pieces of this size; 0: of what its policy judges "
         "at a time",
     )
     hold_chars: int = _knob(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+from guard_middleware.bodies import has_body, without_body
 from guard_middleware.context import Context
 from guard_middleware.exchange import Exchange
 from guard_middleware.formats import FORMATS
@@ -45,9 +47,9 @@ class GuardMiddleware:
         self._context = Context(app, self.guard, self.settings, metrics or shared())
         self._app = app
         self._shadows = Shadows(self._context) if self.settings.mode == "shadow" else None
-        self._routes = routes(
-            FORMATS, self.settings.guarded, self.settings.passes, self.settings.unknown
-        )
+        rules = routes(FORMATS, self.settings.guarded, self.settings.passes, self.settings.unknown)
+        self._find = lru_cache(maxsize=256)(rules.find)  # some 16 MiB, were all targets 64 KiB long
+        self._find_socket = rules.find_socket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -59,14 +61,15 @@ class GuardMiddleware:
             return
         where = (str(scope["path"]), str(scope.get("root_path", "")))
         if scope["type"] == "http":
-            found = self._routes.find(scope["method"], *where)
+            found = self._find(scope["method"], *where)
         else:
-            found = self._routes.find_socket(*where)
+            found = self._find_socket(*where)
         if isinstance(found, Rule):
-            if found is Rule.REFUSE:
+            if found is Rule.REFUSE or found is Rule.BARE and has_body(scope["headers"]):
                 await self._refuse(scope, receive, send)
             else:
-                await self._app(scope, receive, send)
+                bare = found is Rule.BARE and self._shadows is None
+                await self._app(scope, without_body(receive) if bare else receive, send)
         elif self._shadows is not None:
             await self._shadows.run(found, scope, receive, send)
         else:

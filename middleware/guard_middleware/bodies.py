@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 
-from guard_middleware.messages import Header, Receive
+from guard_middleware.messages import Header, Message, Receive
 
 Headers = Iterable[Header]
 
@@ -83,6 +83,28 @@ async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
         if not message.get("more_body", False):
             unpacker.finish()
             return b"".join(chunks)
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether the request says that it has one."""
+    headers = list(headers)
+    return header(headers, b"content-length") not in ("", "0") or bool(
+        header(headers, b"transfer-encoding")
+    )
+
+
+def without_body(receive: Receive) -> Receive:
+    """`receive` of a request that has none, whatever the client sends: HTTP/2 need not say so."""
+    messages: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def bare() -> Message:
+        if messages:
+            return messages.pop()
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        return message
+
+    return bare
 
 
 def header(headers: Headers, name: bytes) -> str:

@@ -11,7 +11,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from guard_middleware.bodies import header
+from guard_middleware.bodies import has_body, header
 from guard_middleware.formats.contract import Answer
 from guard_middleware.messages import Header, Message, Receive, Scope, Send, answer
 from guard_middleware.strict_json import dump
@@ -178,12 +178,7 @@ def _end_to_end(headers: Iterable[Header]) -> list[Header]:
 
 
 def _body(headers: Iterable[Header], receive: Receive) -> AsyncIterator[bytes] | None:
-    headers = list(headers)
-    if header(headers, b"content-length") in ("", "0") and not header(
-        headers, b"transfer-encoding"
-    ):
-        return None
-    return _chunks(receive)
+    return _chunks(receive) if has_body(headers) else None
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:

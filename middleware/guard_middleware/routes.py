@@ -47,6 +47,7 @@ class Rule(Enum):
     """What is done with a request that no format reads."""
 
     UNTOUCHED = "untouched"
+    BARE = "bare"  # it passes without a body
     REFUSE = "refuse"
 
 
@@ -71,12 +72,14 @@ class Routes:
         owner = self._owner(plain)
         if method == "POST" and owner is not None:
             return owner
-        if method == "OPTIONS":
-            return Rule.UNTOUCHED
         rule = self._rule(path, plain, owned=owner is not None)
+        if rule is Rule.UNTOUCHED:
+            return rule
+        if method == "OPTIONS":  # a browser asks whether it may ask
+            return Rule.BARE
         known = READ if method in _SAFE_METHODS else POST if method == "POST" else ()
         if any(_matches(plain, one) for one in known) and not self._odd(path):
-            return Rule.UNTOUCHED
+            return Rule.UNTOUCHED if method == "POST" else Rule.BARE
         return rule
 
     def find_socket(self, path: str, root: str = "") -> Rule:

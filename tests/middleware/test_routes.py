@@ -25,6 +25,7 @@ from tests.middleware.wrapped import BAD, Wrapped
 
 CHAT = next(one for one in FORMATS if one.name == "openai-chat")
 GUARDED = Settings().guarded
+PASSED = (Rule.UNTOUCHED, Rule.BARE)
 
 
 def found(method: str, path: str, root: str = "", **settings: Any) -> Format | Rule:
@@ -104,7 +105,7 @@ def test_unknown_guarded_path_is_refused(method: str, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/a/b", "/metrics", "/"])
 def test_health_models_and_metrics_pass_for_reading(path: str) -> None:
-    assert found("GET", path) is found("HEAD", path) is Rule.UNTOUCHED
+    assert found("GET", path) is found("HEAD", path) and found("GET", path) in PASSED
     assert found("POST", path, guarded=("/",)) is not Rule.UNTOUCHED
 
 
@@ -145,7 +146,8 @@ def test_known_route_passes_with_its_method_only(path: str) -> None:
     for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
         in_application, in_sidecar = found(method, path), found(method, path, guarded=("/",))
         if method in passes:
-            assert in_application is in_sidecar is Rule.UNTOUCHED
+            assert in_sidecar is (Rule.BARE if KNOWN[path] == "GET" else Rule.UNTOUCHED)
+            assert in_application in PASSED
         else:
             assert in_sidecar is Rule.REFUSE
             assert in_application is Rule.REFUSE or KNOWN[path] is not None
@@ -181,7 +183,20 @@ def test_more_paths_pass_where_that_was_set() -> None:
 
 
 def test_preflight_requests_pass() -> None:
-    assert found("OPTIONS", PATH) is Rule.UNTOUCHED
+    assert found("OPTIONS", PATH) is Rule.BARE
+    assert found("OPTIONS", "/own") is Rule.UNTOUCHED
+
+
+@pytest.mark.parametrize(("method", "path"), [("OPTIONS", PATH), ("GET", "/v1/models")])
+async def test_what_passes_on_guarded_paths_has_no_body(method: str, path: str) -> None:
+    """Told by a header or, as HTTP/2 allows, not told."""
+    behind = Backend([b"{}"])
+    told = await call(
+        Wrapped(behind), path, b"text", method=method, headers=[(b"content-length", b"4")]
+    )
+    assert (told.status, behind.bodies) == (403, [])
+    untold = await call(Wrapped(behind), path, b"text", method=method)
+    assert (untold.status, behind.bodies) == (200, [b""])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from guard_service.cli.cascade import cascade
 from guard_service.cli.check import check
 from guard_service.cli.eval import evaluate
 from guard_service.cli.info import info
+from guard_service.cli.middleware import middleware
 from guard_service.cli.policies import policies
 from guard_service.cli.policy import policy
 
@@ -31,6 +32,7 @@ app.command()(cascade)
 app.command()(info)
 app.command()(policies)
 app.add_typer(policy, name="policy")
+app.add_typer(middleware, name="middleware")
 
 
 def _version(wanted: bool) -> None:

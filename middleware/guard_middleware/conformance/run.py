@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from guard_middleware.conformance.cases import Case, attempts, basics
 from guard_middleware.conformance.requests import PROTOCOLS, Place
 
-_STATUS = re.compile(rb"(?:^|(?<=\r\n))HTTP/1\.[01] (\d{3})[^\r\n]*\r\n")
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
 _VERDICT_ID = re.compile(rb"\r\nx-guard-verdict-id:", re.IGNORECASE)
 # How the protocols say that a filter took the place of a reply.
 _FILTERED = re.compile(rb'"(?:content_filter|content_filtered|guardrail_intervened)"')

@@ -134,7 +134,8 @@ except SystemExit:
             ("onnxruntime", "tokenizers", "numpy", *HEAVY),
         ),
         ("import guard_service.__main__", HEAVY),
-        ("import guard_service.server, guard_service.engines.onnx", HEAVY),
+        # What decodes and fetches images is loaded by the processes and policies that do so.
+        ("import guard_service.server, guard_service.engines.onnx", (*HEAVY, "PIL", "aiohttp")),
         (HELP, ("onnxruntime", "tokenizers", "numpy", "grpc", "google", "yaml", *HEAVY)),
     ],
     ids=["policies", "middleware", "guard-service", "server with onnx", "guardctl --help"],

@@ -2,22 +2,21 @@
 
 Two kinds: one with a `student` trains a small guard from nothing (the starter); any other takes a
 checkpoint through the stages it names. A recipe with a `base`, the name of a recipe beside it, says
-only what differs: mappings are merged, everything else is replaced. A guard whose recipe has a
-base begins as the base's, grown to its own shape.
+only what differs: mappings are merged, everything else is replaced.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode
 
+from guard_policies.positions import PolicyError, Reader
 from guard_quantization.checkpoint.distill import DistillPlan
 from guard_quantization.checkpoint.prune import PrunePlan
 from guard_quantization.checkpoint.quantize_plan import QuantizePlan
@@ -25,10 +24,15 @@ from guard_quantization.data import Share
 from guard_quantization.evaluation.plan import EvaluatePlan
 from guard_quantization.export.decoder import Precision
 from guard_quantization.llama import LlamaShape
+from guard_quantization.reading import composed, made
+from guard_service.templates import BY_NAME
+
+_BASE = "base"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class RecipeError(ValueError):
-    """The recipe is not one; the text names the file and the field."""
+    """The recipe is not one; the text has every mistake with file, line, column and field."""
 
 
 Epoch = Mapping[str, tuple[int, float]]  # file -> rows, loss weight
@@ -89,7 +93,6 @@ class Recipe:
     teacher: TeacherPlan
     student: StudentPlan
     export: Precision
-    base: Recipe | None = None  # whose student this one has grown from
 
     def digest(self, *sections: str) -> str:
         """Hash of what the named sections say, together with the seed and the held-out sources."""
@@ -124,22 +127,19 @@ class CheckpointRecipe:
     export: Precision
     evaluate: EvaluatePlan | None = None
 
+    def __post_init__(self) -> None:
+        if self.template not in BY_NAME:
+            raise ValueError(f"template {self.template!r} is unknown; known: {', '.join(BY_NAME)}")
+        if self.seed < 0 or self.window_tokens < 16:
+            raise ValueError("seed must not be negative, window_tokens 16 at least")
+
 
 def load_recipe(path: Path) -> Recipe | CheckpointRecipe:
-    """Read a recipe. Raises RecipeError for unknown, missing and ill-typed fields."""
-    document = _document(path)
-    if not isinstance(document, dict) or "base" not in document:
-        return _recipe(document, path)
-    name = document.pop("base")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise RecipeError(f"{path}: base must name a recipe in the same folder")
-    below = _document(path.with_name(name))
-    if not isinstance(below, dict) or "base" in below or below.get("name") == document.get("name"):
-        raise RecipeError(f"{path}: base must be a recipe of another name, without a base")
-    recipe, base = _recipe(_merged(below, document), path), _recipe(below, path.with_name(name))
-    if isinstance(recipe, Recipe) and isinstance(base, Recipe):
-        return replace(recipe, base=base)
-    return recipe
+    """Read a recipe. Raises RecipeError with every mistake's line and column."""
+    try:
+        return _loaded(path)
+    except PolicyError as error:
+        raise RecipeError(str(error)) from error
 
 
 def load_starter_recipe(path: Path) -> Recipe:
@@ -158,31 +158,46 @@ def load_checkpoint_recipe(path: Path) -> CheckpointRecipe:
     return recipe
 
 
-def _document(path: Path) -> Any:
+def _loaded(path: Path) -> Recipe | CheckpointRecipe:
+    reader, root = composed(path)
+    named = _inner(root).get(_BASE)
+    if named is None:
+        return _recipe(reader, root)
+    name = reader.text(named, _BASE, 200)
+    if name is None or Path(name).name != name:
+        reader.report(named, f"{_BASE} must name a recipe in the same folder")
+    reader.check()
+    below_reader, below = composed(path.with_name(str(name)))
+    if _BASE in _inner(below):
+        reader.report(named, f"{_BASE} must be a recipe without a base")
+        reader.check()
+    base = _recipe(below_reader, below)  # so that what is wrong in the whole is this file's
+    own = [(key, value) for key, value in root.value if value is not named]
+    whole = _recipe(reader, _merged(below, MappingNode(root.tag, own, root.start_mark)))
+    if whole.name == base.name:
+        reader.report(named, f"{_BASE} must be a recipe of another name: {base.name!r} is its")
+    reader.check()
+    return whole
+
+
+def _recipe(reader: Reader, root: MappingNode) -> Recipe | CheckpointRecipe:
+    recipe = made(reader, Recipe if "student" in _inner(root) else CheckpointRecipe, root, "")
+    if recipe is not None:
+        _check(reader, root, recipe)
+    reader.check()
+    read: Recipe | CheckpointRecipe = recipe
+    return read
+
+
+def _check(reader: Reader, root: MappingNode, recipe: Recipe | CheckpointRecipe) -> None:
+    if not _NAME.fullmatch(recipe.name):
+        named = _inner(root)["name"]
+        reader.report(named, "name must be of letters, digits, '.', '_' and '-': folders have it")
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: {error}") from error
-
-
-def _merged(below: Any, above: Any) -> Any:
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    changed = {name: _merged(below[name], above[name]) for name in above if name in below}
-    return {**below, **above, **changed}
-
-
-def _recipe(document: Any, path: Path) -> Recipe | CheckpointRecipe:
-    starter = isinstance(document, dict) and "student" in document
-    try:
-        recipe: Recipe | CheckpointRecipe = _made(
-            Recipe if starter else CheckpointRecipe, document, "recipe"
-        )
         for epoch in _epochs(recipe):
             shares(epoch)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{path}: {error}") from error
-    return recipe
+        reader.report(root, str(error))
 
 
 def _epochs(recipe: Recipe | CheckpointRecipe) -> list[Epoch]:
@@ -197,34 +212,17 @@ def _epochs(recipe: Recipe | CheckpointRecipe) -> list[Epoch]:
     ]
 
 
-def _made(kind: Any, value: Any, where: str) -> Any:
-    if get_origin(kind) is UnionType:
-        if value is None:
-            return None
-        (kind,) = (choice for choice in get_args(kind) if choice is not NoneType)
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        return _plain(kind, value, where)
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a mapping")
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(set(value) - known):
-        raise ValueError(
-            f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
-        )
-    hints: dict[str, Any] = get_type_hints(kind)
-    made = {name: _made(hints[name], value[name], f"{where}.{name}") for name in value}
-    make: Callable[..., Any] = kind
-    return make(**made)
+def _inner(mapping: MappingNode) -> dict[str, Node]:
+    return {key.value: value for key, value in mapping.value if isinstance(key, ScalarNode)}
 
 
-def _plain(kind: Any, value: Any, where: str) -> Any:
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list")
-        return tuple(value)
-    wanted = (int, float) if kind is float else get_origin(kind) or kind
-    if wanted is Mapping:
-        wanted = dict
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, not {value!r}")
-    return value
+def _merged(below: MappingNode, above: MappingNode) -> MappingNode:
+    """What `above` says, and what only `below` says; mappings within are merged too."""
+    under, names = _inner(below), _inner(above)
+    entries = [(key, value) for key, value in below.value if key.value not in names]
+    for key, value in above.value:
+        known = under.get(key.value) if isinstance(key, ScalarNode) else None
+        if isinstance(known, MappingNode) and isinstance(value, MappingNode):
+            value = _merged(known, value)
+        entries.append((key, value))
+    return MappingNode(above.tag, entries, above.start_mark)

@@ -161,8 +161,11 @@ def _resume(
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that an interruption never leaves half of one."""
+    """Write a checkpoint so that an interruption never leaves half of one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
+    try:
+        torch.save(state, partial)
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"{partial} cannot be written; make room, then run this again") from error
     partial.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -130,7 +131,7 @@ class CheckpointPipeline:
             return {**made, "sizes": {name: [before[name], after[name]] for name in _PRUNED}}
 
         inputs = {"source": digest(source), "calibration": _digest_of(rows)}
-        return self.run.stage(Origin.of("prune", plan, inputs), make)
+        return self._made(Origin.of("prune", plan, inputs), make)
 
     def _distill(self, source: Path) -> Path:
         taught = self.recipe.distill
@@ -154,7 +155,7 @@ class CheckpointPipeline:
             "teacher": self.teacher[0] if self.teacher else "none",
             "rows": _digest_of([[(row.id, row.turns, w) for row, w in epoch] for epoch in epochs]),
         }
-        return self.run.stage(Origin.of("distill", taught, inputs), make)
+        return self._made(Origin.of("distill", taught, inputs), make)
 
     def _quantize(self, source: Path) -> Path:
         plan, rows = self.recipe.quantize, self.calibration
@@ -164,7 +165,7 @@ class CheckpointPipeline:
             return quantize_checkpoint(source, folder / MODEL, plan, rows)
 
         inputs = {"source": digest(source), "calibration": _digest_of(rows)}
-        return self.run.stage(Origin.of("quantize", plan, inputs), make)
+        return self._made(Origin.of("quantize", plan, inputs), make)
 
     def _export(self, source: Path) -> Path:
         recipe, release = self.recipe, release_of(self.recipe)
@@ -175,8 +176,7 @@ class CheckpointPipeline:
             return {"mib": sizes, "parameters": made.manifest.parameters}
 
         settings = {"precision": asdict(recipe.export), "release": [recipe.template, recipe.name]}
-        origin = Origin.of("export", settings, {"source": digest(source)})
-        return self.run.stage(origin, make)
+        return self._made(Origin.of("export", settings, {"source": digest(source)}), make)
 
     def _evaluate(self, model: Path) -> Path:
         recipe, plan = self.recipe, self.recipe.evaluate
@@ -201,6 +201,15 @@ class CheckpointPipeline:
         inputs = {name: judge_digest(place) for name, (place, _) in asked.items()}
         origin = Origin.of("evaluate", plan.measured(), {**inputs, "rows": chosen.digest})
         return self.run.stage(origin, make)
+
+    def _made(self, origin: Origin, make: Callable[[Path], Figures]) -> Path:
+        """A stage that makes a MODEL; one that a kill kept from being recorded is made anew."""
+
+        def anew(folder: Path) -> Figures:
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            return make(folder)
+
+        return self.run.stage(origin, anew)
 
     def _drawn(
         self,

@@ -87,10 +87,11 @@ def quantize_checkpoint(
     with tensors:
         check_tensors(tensors, config)
         layouts = _layouts(plan, config)
-        work = _work_folder(folder, _settings(source, plan, rows, layouts))
+        work = folder.with_name(f".{folder.name}.work")
         head = len(config.get("verdict_head") or range(shape.vocab))
         whole = stored_bytes(config, head, plan.bits, plan.block, plan.embedding_bits)
-        check_room(work, whole - sum(path.stat().st_size for path in work.iterdir()))
+        check_room(folder, whole - sum(path.stat().st_size for path in work.glob("*")))
+        _begin_in(work, _settings(source, plan, rows, layouts))
         view: FloatWeights = _Untied(tensors, shape.tied)
         if plan.rotate:
             view = Rotated(tensors, config, plan.seed)
@@ -291,9 +292,8 @@ def _settings(
     }
 
 
-def _work_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder to go on in. Raises QuantizeError when it is another run's."""
-    work = folder.with_name(f".{folder.name}.work")
+def _begin_in(work: Path, settings: Mapping[str, Any]) -> None:
+    """Mark the folder of finished parts. Raises QuantizeError when it is another run's."""
     stamp = work / QUANTIZATION_FILE
     if not stamp.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -303,7 +303,6 @@ def _work_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
             f"{work} holds parts made from another checkpoint, plan, rows or versions; remove it "
             "to begin anew"
         )
-    return work
 
 
 def _finish(source: Path, work: Path, config: Mapping[str, Any]) -> None:

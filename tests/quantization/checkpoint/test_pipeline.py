@@ -154,15 +154,15 @@ def test_the_recipes_for_llama_guard_load_and_make_the_published_shape(name: str
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"prune": {"layer": 3}}, "unknown field 'layer'"),
+        ({"prune": {"layer": 3}}, "prune has no key 'layer'; did you mean 'layers'"),
         ({"distill": {"plan": {"template": "x", "trust": 2.0}}}, "trust"),
         ({"quantize": {"bits": "four"}}, r"quantize\.bits"),
-        ({"calibration": {"toy": 3}}, "recipe"),
-        ({"template": 7}, r"recipe\.template"),
+        ({"calibration": {"toy": 3}}, "calibration.toy must be a list"),
+        ({"template": 7}, "template '7' is unknown"),
         ({"evaluate": {"limits": {"min": {"auroq": 0.9}}}}, "evaluate.limits: .*'auroq'"),
         ({"evaluate": {"limits": {"agreement": 0.9}}}, "name evaluate.reference"),
         ({"evaluate": {"threshold": 2.0}}, "evaluate.threshold is 2.0"),
-        ({"evaluate": {"rows": {"toy": [1]}}}, "recipe"),
+        ({"evaluate": {"rows": {"toy": [1]}}}, "evaluate.rows.toy must be a list of 2"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from guard_service.engines import Assessed, Engine, EngineFailed, Session
+from guard_service.engines import Assessed, Engine, EngineFailed, EngineOverloaded, Session
 from guard_service.errors import (
     GuardServiceError,
     NotAssessed,
@@ -286,6 +286,8 @@ class Batcher:
             LOG.error("engine run failed: %s", type(error).__name__, exc_info=error)
             if len(prompts) > 1:
                 return [self._outcomes([prompt], judge)[0] for prompt in prompts]
+            if isinstance(error, EngineOverloaded):
+                return [Overloaded(str(error), MIN_RETRY_S)]
             known = isinstance(error, EngineFailed)  # its text is safe to show
             return [NotAssessed(str(error) if known else "the engine failed on this request")]
 

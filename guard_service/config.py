@@ -51,10 +51,15 @@ class Settings:
     default_policy: str = _knob("default", "the policy of requests that name none")
     threads: int = _knob(0, "threads of the engine; 0 takes one per core of this process", 0, 1024)
     lanes: int = _knob(0, "engine runs at once, which share the threads; 0: one per 8", 0, 256)
-    device: str = _knob("auto", "cpu, cuda, or auto: CUDA where onnxruntime has it")
+    device: str = _knob("auto", "cpu, cuda, or auto: CUDA where the model's library has it")
     kernel_plan: str = _knob("auto", "stored, int8, fp32, or auto: the fastest here, measured once")
     prepared: str = _knob(
         "auto", "folder that keeps graphs made ready; auto: the user's cache folder; none"
+    )
+    dtype: str = _knob("auto", "of a checkpoint: bfloat16, float32; auto: bfloat16 on CUDA alone")
+    weights: str = _knob("stored", "of a checkpoint: stored, or int8 or int4 for smaller cards")
+    image_cache_bytes: int = _knob(
+        1024 * MIB, "of what a checkpoint has seen in images; 11B: 210 MiB for four tiles"
     )
 
     max_message_bytes: int = _knob(4 * MIB, "one gRPC message; gRPC's own default", 1024, 2**31 - 1)
@@ -146,6 +151,8 @@ _CHOICES = {
     "log_format": ("auto", "json", "text"),
     "device": ("auto", "cpu", "cuda"),
     "kernel_plan": ("auto", "stored", "int8", "fp32"),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "weights": ("stored", "int8", "int4"),
 }
 
 

@@ -274,6 +274,9 @@ def _engine(settings: Settings, model: str) -> Engine:
         lanes=settings.engine_lanes,
         prepared=settings.prepared_folder,
         device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        image_cache_bytes=settings.image_cache_bytes,
     )
 
 

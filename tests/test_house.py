@@ -27,7 +27,7 @@ OURS = {
     "tests": ".",
 }
 MAY_USE = {
-    "guard_service": ("fetch",),
+    "guard_service": ("fetch", "vision"),
     "guard_middleware": ("sidecar",),
     "guard_quantization": ("quantization",),
     "tests": ("dev", "quantization"),

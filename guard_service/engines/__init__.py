@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
 from guard_policies.assessment import Assessment
-from guard_service.artifact import load
+from guard_service.artifact import MANIFEST_FILE, load
 from guard_service.engines.plans import STORED
 from guard_service.prompt import Prompt, PromptBuilder
 
@@ -17,10 +17,15 @@ STARTER = "starter"
 FAKE = "fake"
 FAKE_VISION = "fake-vision"
 SESSION_BYTES = 512 * 2**20  # at the size of a 1B guard, 10,000 tokens
+IMAGE_CACHE_BYTES = 2**30  # at the size of the 11B guard, five images of four tiles
 
 
 class EngineFailed(RuntimeError):
     """The model could not judge. The text holds no content of a prompt."""
+
+
+class EngineOverloaded(EngineFailed):
+    """There is no memory for this now; the same may be answered later, or in a smaller batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +124,63 @@ def open_engine(
     lanes: int = 1,
     prepared: Path | None = None,
     device: str = "auto",
+    dtype: str = "auto",
+    weights: str = "stored",
+    image_cache_bytes: int = IMAGE_CACHE_BYTES,
 ) -> Engine:
-    """Load a model: "starter" (in this package), "fake" or "fake-vision" (for tests), or an
-    artifact folder.
+    """Load a model: "starter" (in this package), "fake" or "fake-vision" (for tests), an artifact
+    folder, or the folder of a Llama Guard 3 checkpoint in the Hugging Face layout.
 
-    `session_bytes` bounds what is kept of growing conversations, all of them together. `plan` is a
-    kernel plan of `engines.plans`; `auto` takes the fastest here, measured unless the folder
-    `prepared` remembers it. Each of `lanes` has `threads` threads of its own. `device` is `cpu`,
-    `cuda`, or `auto`: CUDA where onnxruntime has it.
-    Raises ArtifactError for a folder that cannot be served, EngineFailed for a graph that cannot be
+    `session_bytes` bounds what is kept of growing conversations, all of them together. `device` is
+    `cpu`, `cuda`, or `auto`: CUDA where there is one. Each of `lanes` has `threads` threads of its
+    own; a checkpoint has one lane, with all of them.
+
+    Of an artifact, `plan` is a kernel plan of `engines.plans`; `auto` takes the fastest here,
+    measured unless the folder `prepared` remembers it. Of a checkpoint, `dtype` is `bfloat16`,
+    `float32` or `auto`, `weights` is `stored`, `int8` or `int4`, and `image_cache_bytes` bounds
+    what is kept of images.
+
+    Raises ArtifactError for a folder that cannot be served, EngineFailed for a model that cannot be
     loaded. Ready to serve only once `self_test` has passed.
     """
     if model in (FAKE, FAKE_VISION):
         from guard_service.engines.fake import FakeEngine
 
         return FakeEngine(sees_images=model == FAKE_VISION)
+    folder = Path(model)
+    if (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).exists():
+        open_checkpoint = _checkpoints()
+        return open_checkpoint(
+            folder,
+            threads * lanes,
+            prefix_cache,
+            session_bytes,
+            image_cache_bytes,
+            device=device,
+            dtype=dtype,
+            weights=weights,
+        )
     from guard_service.engines.choosing import open_artifact  # heavy, needed by this choice only
 
-    def opened(folder: Path) -> Engine:
+    def opened(artifact: Path) -> Engine:
         return open_artifact(
-            load(folder), threads, prefix_cache, session_bytes, plan, lanes, prepared, device
+            load(artifact), threads, prefix_cache, session_bytes, plan, lanes, prepared, device
         )
 
     if model == STARTER:
         starter = resources.files("guard_service") / "models" / STARTER
-        with resources.as_file(starter) as folder:
-            return opened(folder)
-    return opened(Path(model))
+        with resources.as_file(starter) as unpacked:
+            return opened(unpacked)
+    return opened(folder)
+
+
+def _checkpoints() -> Callable[..., Engine]:
+    """What opens checkpoints, where torch is installed."""
+    try:
+        from guard_service.engines.torch.engine import open_checkpoint
+    except ModuleNotFoundError as error:
+        raise EngineFailed(
+            f"a checkpoint needs {error.name}: pip install 'llama-guard-service[vision]', or make "
+            "an artifact of it with guard-quantize export"
+        ) from error
+    return open_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_policies.assessment import Assessment
 from guard_policies.taxonomy import BY_CODE, Category
 from guard_service.artifact import Artifact
 from guard_service.conversation import Conversation
@@ -26,6 +25,7 @@ from guard_service.engines import (
 from guard_service.engines.loading import Graph, open_graph
 from guard_service.engines.plans import STORED
 from guard_service.engines.prepared import Prepared
+from guard_service.engines.scoring import Scoring, alike
 from guard_service.engines.sessions import SnapshotSession
 from guard_service.engines.snapshots import Past, Snapshot, Snapshots
 from guard_service.manifest import Golden, Manifest
@@ -33,16 +33,12 @@ from guard_service.prompt import Prompt, PromptBuilder
 from guard_service.tokenizer import load_tokenizer
 
 _SNAPSHOT_BYTES = 256 * 2**20
-_BATCH_TOKENS = 2048  # of one run, padding included: bounds memory
-_PADDING_SHARE = 0.2  # of a run's tokens, at most
 
 
 class OnnxEngine(Engine):
-    """A small Llama guard.
+    """A small Llama guard, read as `engines.scoring` tells.
 
-    Behind a prompt's closing go, unasked, the tokens `unsafe`, newline and `S`. The logits before
-    `unsafe` give P(unsafe) over {safe, unsafe}, calibrated; those behind `S` give the distribution
-    over the codes that the prompt lists. A prompt's scores do not depend on the others of a batch.
+    A prompt's scores do not depend on the others of a batch.
 
     Keys and values of a prefix are computed once and kept (`prefix_cache`), and those of a growing
     conversation in its session, all sessions together within `session_bytes`. `plan` names the
@@ -74,14 +70,10 @@ class OnnxEngine(Engine):
             graph = open_graph(artifact, plan, threads, prepared or Prepared(None), device)
             _check_graph(graph.session, manifest)
             self._free.put(graph)
-        self._column = {token: at for at, token in enumerate(manifest.verdict.head)}
-        self._speculated = (
-            manifest.verdict.unsafe,
-            manifest.verdict.newline,
-            manifest.verdict.mark,
-        )
-        self._snapshots = Snapshots(snapshot_bytes) if prefix_cache else None
-        self._sessions = Snapshots(session_bytes)
+        positions = manifest.geometry.max_positions
+        self._scoring = Scoring(manifest.verdict, manifest.calibration, positions)
+        self._snapshots = Snapshots[Snapshot](snapshot_bytes) if prefix_cache else None
+        self._sessions = Snapshots[Snapshot](session_bytes)
         self._no_past = _no_past(manifest)
         self._present = [name.replace("past", "present") for name in self._no_past]
 
@@ -100,10 +92,10 @@ class OnnxEngine(Engine):
         for prefix, members in groups.items():
             snapshot, computed = self._snapshot(prefix)
             rows = {at: self._row(prompts[at], len(prefix)) for at in members}
-            for batch in _batches(rows):
+            for batch in alike(rows):
                 logits, _ = self._run([rows[at] for at in batch], snapshot.past)
                 for at, pair in zip(batch, logits, strict=True):
-                    assessment = self._assessment(prompts[at], pair)
+                    assessment = self._scoring.assessment(prompts[at], pair)
                     cached = len(snapshot.ids) - computed
                     results[at] = Assessed(assessment, len(rows[at]) + computed, cached)
                     computed = 0  # the first prompt pays for a new snapshot
@@ -167,19 +159,11 @@ class OnnxEngine(Engine):
     def _check(self, prompt: Prompt) -> None:
         if prompt.image is not None:
             raise EngineFailed("this model cannot judge images")
-        length = len(prompt.prefix) + len(prompt.body) + len(prompt.closing) + 3
-        most = self._manifest.geometry.max_positions
-        if length > most:
-            raise EngineFailed(f"a prompt of {length} tokens; the model takes {most}")
-        if (
-            not prompt.categories
-            or not set(prompt.categories) <= self._manifest.verdict.codes.keys()
-        ):
-            raise EngineFailed("the prompt lists a category that the model has no code for")
+        self._scoring.check(prompt)
 
     def _row(self, prompt: Prompt, cached: int) -> list[int]:
         prefix = () if cached else prompt.prefix
-        return [*prefix, *prompt.body, *prompt.closing, *self._speculated]
+        return [*prefix, *prompt.body, *prompt.closing, *self._scoring.spoken]
 
     def _snapshot(self, prefix: tuple[int, ...]) -> tuple[Snapshot, int]:
         """The state behind a prefix, and how many tokens had to be computed for it."""
@@ -203,10 +187,10 @@ class OnnxEngine(Engine):
             held, computed = self._snapshot(prompt.prefix)
             kept = len(held.ids)
         past = held.first(kept)
-        row = [*ids[kept:], *prompt.closing, *self._speculated]
+        row = [*ids[kept:], *prompt.closing, *self._scoring.spoken]
         logits, present = self._run([row], past, keep=True)
         assessed = Assessed(
-            self._assessment(prompt, logits[0]), len(row) + computed, kept - computed
+            self._scoring.assessment(prompt, logits[0]), len(row) + computed, kept - computed
         )
         return assessed, Snapshot(ids, past, present)
 
@@ -236,34 +220,6 @@ class OnnxEngine(Engine):
         finally:
             self._free.put(graph)
         return outputs
-
-    def _assessment(self, prompt: Prompt, logits: NDArray[np.float32]) -> Assessment:
-        verdict, first = self._manifest.verdict, logits[0].astype(np.float64)
-        margin = float(first[self._column[verdict.unsafe]] - first[self._column[verdict.safe]])
-        unsafe = self._manifest.calibration[prompt.direction].probability(margin)
-        columns = [self._column[verdict.codes[code]] for code in prompt.categories]
-        behind = logits[1].astype(np.float64)[columns]
-        shares = np.exp(behind - behind.max())
-        shares *= unsafe / shares.sum()
-        return Assessment(unsafe, dict(zip(prompt.categories, shares.tolist(), strict=True)))
-
-
-def _batches(rows: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
-    """Rows of like length together: few tokens of padding, no run too large."""
-    batch: list[int] = []
-    used = longest = 0
-    for at in sorted(rows, key=lambda at: -len(rows[at])):
-        length = len(rows[at])
-        whole = longest * (len(batch) + 1)
-        padded = whole - used - length > _PADDING_SHARE * whole
-        if batch and (whole > _BATCH_TOKENS or padded):
-            yield batch
-            batch, used = [], 0
-        longest = length if not batch else longest
-        batch.append(at)
-        used += length
-    if batch:
-        yield batch
 
 
 def _card(artifact: Artifact, plan: str) -> ModelCard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from guard_service.engines import Assessed
-from guard_service.engines.snapshots import Snapshot, Snapshots
+from guard_service.engines.snapshots import Snapshot, Snapshots, ids_of
 from guard_service.prompt import Prompt
 
 Grow = Callable[[Prompt, Snapshot | None], tuple[Assessed, Snapshot]]
@@ -19,7 +19,7 @@ class SnapshotSession:
     sessions together; the one that was unused for longest makes room and pays by computing anew.
     """
 
-    def __init__(self, pool: Snapshots, grow: Grow) -> None:
+    def __init__(self, pool: Snapshots[Snapshot], grow: Grow) -> None:
         self._pool = pool
         self._grow = grow
         self._closed = False
@@ -31,7 +31,7 @@ class SnapshotSession:
     def held(self, prompt: Prompt) -> int:
         """Tokens of the body whose keys and values are there."""
         state = self._pool.get(self)
-        shared = state.shared(prompt.prefix + prompt.body) if state is not None else 0
+        shared = state.shared(ids_of(prompt)) if state is not None else 0
         return max(shared - len(prompt.prefix), 0)
 
     def close(self) -> None:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-Past = Mapping[str, NDArray[np.float32]]  # by the names of the graph's inputs: [1, kv_heads, P, d]
+from guard_service.prompt import IMAGE_TOKEN_ID, Prompt
+
+# Arrays, or tensors of torch, each [1, kv_heads, P, d], by the names that the engine gives them.
+Past = Mapping[str, Any]
+
+
+def ids_of(prompt: Prompt) -> tuple[int, ...]:
+    """Prefix and body, where the image's token is the image: states of two images share nothing
+    from there on."""
+    ids = prompt.prefix + prompt.body
+    if prompt.image is None or prompt.image.picture is None:
+        return ids
+    seen = -int.from_bytes(prompt.image.picture.digest.encode())
+    return tuple(seen if token == IMAGE_TOKEN_ID else token for token in ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +60,32 @@ class Snapshot:
             pieces = [array[:, :, :count]]
             if self.behind is not None:
                 pieces.append(self.behind[name][:, :, : max(count - array.shape[2], 0)])
-            found[name] = np.concatenate(pieces, axis=2)
+            found[name] = self._joined(pieces)
         return found
 
+    @staticmethod
+    def _joined(pieces: Sequence[Any]) -> Any:
+        return np.concatenate(pieces, axis=2)
 
-class Snapshots:
+
+class Sized(Protocol):
+    """Whatever holds bytes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        ...
+
+
+Held = TypeVar("Held", bound=Sized)
+
+
+class Snapshots(Generic[Held]):
     """Snapshots by any name. Safe to share between threads."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
-        self._held: OrderedDict[Hashable, Snapshot] = OrderedDict()
+        self._held: OrderedDict[Hashable, Held] = OrderedDict()
         self._bytes = 0
         self._crowded_out = 0
         self._lock = threading.Lock()
@@ -71,7 +100,7 @@ class Snapshots:
         """How many snapshots have been dropped, or were never kept, for want of room."""
         return self._crowded_out
 
-    def get(self, name: Hashable) -> Snapshot | None:
+    def get(self, name: Hashable) -> Held | None:
         """The snapshot of this name, which becomes the last used; None when there is none."""
         with self._lock:
             found = self._held.get(name)
@@ -79,7 +108,7 @@ class Snapshots:
                 self._held.move_to_end(name)
             return found
 
-    def put(self, name: Hashable, snapshot: Snapshot) -> None:
+    def put(self, name: Hashable, snapshot: Held) -> None:
         """Keep a snapshot unless it is too large; the longest unused make room for it."""
         with self._lock:
             self._forget(name)

@@ -8,13 +8,15 @@ import binascii
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guard_policies.schema import ImageUris, Policy
+from guard_service.cache import SingleFlight
 from guard_service.config import Settings
 from guard_service.conversation import Conversation, Image, Part
 from guard_service.errors import InvalidRequest, PolicyNotSupported
-from guard_service.images.decoder import Decoder, DecoderBounds
+from guard_service.images.decoder import Decoded, Decoder, DecoderBounds
 from guard_service.images.reasons import Reason, Refused
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class ImageReader:
         self._bounds = bounds
         self._on_read = on_read
         self._reading = asyncio.Semaphore(READING)
+        self._flights: SingleFlight[Decoded] = SingleFlight()
 
     @property
     def held_bytes(self) -> int:
@@ -103,7 +106,8 @@ class ImageReader:
                 data = await self._bytes(part, uris)
                 if len(data) > self._bounds.bytes:
                     raise Refused(Reason.TOO_LARGE)
-                decoded = await self._decoder.decode(data)
+                # Turns of one conversation are judged side by side and have their images in common.
+                decoded, _ = await self._flights.run(data, partial(self._decoder.decode, data))
         except Refused as refused:
             return replace(part, unread=refused.reason.value)
         usual, *others = decoded.views

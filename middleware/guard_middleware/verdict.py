@@ -56,7 +56,11 @@ class PolicyRef:
 
 @dataclass(frozen=True, slots=True)
 class PartCoverage:
-    """What became of a message part; `kind`: "text", "image", "tool_call" or "tool_result"."""
+    """What became of a message part; `kind`: "text", "image", "tool_call" or "tool_result".
+
+    `judged` only when all of it was; `image_digest` is of the encoded image that was, whole or in
+    part: "sha256:" and hex.
+    """
 
     message_index: int
     part_index: int
@@ -64,6 +68,7 @@ class PartCoverage:
     judged: bool
     reason: str
     neutralised: int
+    image_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +248,7 @@ def _coverage(wire: verdict_pb2.Coverage) -> Coverage:
             judged=part.state == verdict_pb2.PART_STATE_JUDGED,
             reason=part.reason,
             neutralised=part.neutralised,
+            image_digest=part.image_digest,
         )
         for part in wire.parts
     )

@@ -114,6 +114,7 @@ def _announce(
         "digest": card.digest,
         "kernel_plan": card.plan,
         "notice": card.notice,
+        "second": settings.second_model or settings.second_guard,
         "policies": list(policies),
         "default_policy": settings.default_policy,
     }
@@ -128,6 +129,8 @@ def _greeting(
     yield f"  model     {card.name}, {card.parameters / 1e6:.1f} M parameters, {card.digest[:19]}"
     if card.notice:
         yield f"            {card.notice}"
+    if second := settings.second_model or settings.second_guard:
+        yield f"  second    {second}, for policies with a cascade"
     yield f"  policies  {', '.join(named)}"
     yield f"  gRPC      {address}{' (TLS)' if settings.tls_cert else ''}"
     if http:

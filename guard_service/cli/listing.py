@@ -55,7 +55,7 @@ def info(place: Place, timeout_s: float, as_json: bool) -> int:
 
 def _model_lines(model: ModelInfo) -> Iterator[Text]:
     yield Text.assemble(
-        "model   ",
+        f"{printable(model.model.tier) or 'model':<8}",
         (printable(model.model.name), "bold"),
         f"  {model.parameters / 1e6:.1f} M parameters, engine {printable(model.engine)}, "
         f"template {printable(model.template)}, window {model.window_tokens} tokens",

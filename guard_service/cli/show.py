@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from guard_middleware.verdict import CategoryResult, PartCoverage, Verdict
+from guard_middleware.verdict import CategoryResult, ModelRef, PartCoverage, Verdict
 from guard_policies.assessment import Action
 from guard_service.cli.exits import printable
 
@@ -52,7 +52,7 @@ def _headline(verdict: Verdict) -> Text:
     about = [
         f"the {verdict.direction.value}",
         f"policy {verdict.policy.name} {verdict.policy.version}".rstrip(),
-        f"model {verdict.model.name}",
+        f"model {verdict.model.name}" + _tier(verdict.model),
         "from cache" if verdict.from_cache else f"{verdict.timing.total_s * 1000:.1f} ms",
     ]
     line.append("  " + ", ".join(map(printable, about)), style="dim")
@@ -61,6 +61,10 @@ def _headline(verdict: Verdict) -> Text:
     if verdict.joint:
         line.append("\n  no category reached its threshold alone; several did together")
     return line
+
+
+def _tier(model: ModelRef) -> str:
+    return f" ({model.tier} guard: {model.tier_reason})" if model.tier else ""
 
 
 def _bar(category: CategoryResult, width: int, unicode: bool) -> Text:

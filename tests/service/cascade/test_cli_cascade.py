@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from guard_service.cli.app import app
+from tests.middleware.fake_service import FakeService, verdict
 
 RUN = CliRunner()
 ROWS = (  # unsafe, the first guard's score, the second's
@@ -108,3 +109,11 @@ def test_a_report_is_not_written_over(files: list[str], tmp_path: Path) -> None:
     out.write_text("mine")
     result = RUN.invoke(app, ["cascade", *files, "--out", str(out)])
     assert result.exit_code == 2 and out.read_text() == "mine"
+
+
+def test_a_verdict_s_tier_and_its_reason_are_shown(server: list[str], service: FakeService) -> None:
+    decided = verdict()
+    decided.model.tier, decided.model.tier_reason = "second", "IN_BAND"
+    service.answer = lambda request: decided
+    shown = RUN.invoke(app, ["check", *server, "hello"]).stdout
+    assert "model fake (second guard: IN_BAND)" in shown

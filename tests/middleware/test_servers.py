@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -18,8 +19,8 @@ from hypercorn.config import Config as HypercornConfig
 
 from guard_middleware.messages import App
 from guard_middleware.testing import FakeGuard, forbids
-from tests.middleware.asgi_calls import EVENTS, Backend, each, listening
-from tests.middleware.formats.openai_replies import PATH, asking, chunks, reply
+from tests.middleware.asgi_calls import EVENTS, Backend, each, listening, sse
+from tests.middleware.formats.openai_replies import PATH, asking, chunk, chunks, reply
 from tests.middleware.wrapped import BAD, SAFE, Wrapped
 
 Serve = Callable[[App], AbstractAsyncContextManager[str]]
@@ -94,8 +95,8 @@ async def test_streams_pass_and_end_filtered(serve: Serve) -> None:
 @every_server
 async def test_client_that_leaves_ends_backend_and_guard(serve: Serve) -> None:
     guard = FakeGuard(forbids(BAD))
-    backend = Backend(each(chunks(SAFE * 500)), EVENTS)
-    app = Wrapped(backend, guard)
+    goes_on = itertools.repeat(sse(chunk({"content": SAFE}), done=False))
+    app = Wrapped(Backend(goes_on, EVENTS), guard)
     async with serve(app) as address, httpx.AsyncClient(timeout=60) as http:
         async with http.stream("POST", address + PATH, json=asking("Hi", stream=True)) as got:
             async for _ in got.aiter_bytes():

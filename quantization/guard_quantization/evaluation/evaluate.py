@@ -164,11 +164,12 @@ def fit_temperature(labels: NDArray[np.bool_], scores: Floats) -> Calibration:
 
 
 def calibrations(rows: Sequence[Labelled], scores: Floats) -> Mapping[Direction, Calibration]:
-    """A calibration per direction, from scores without one."""
-    fitted = {}
+    """A calibration per direction, from scores without one; none where a label has no rows."""
+    fitted, labels = {}, labels_of(rows)
     for direction in Direction:
-        own = np.array([row.direction is direction for row in rows])
-        fitted[direction] = fit_calibration(labels_of(rows)[own], scores[own])
+        own = np.array([row.direction is direction for row in rows], bool)
+        both = len(set(labels[own].tolist())) == 2
+        fitted[direction] = fit_calibration(labels[own], scores[own]) if both else Calibration()
     return fitted
 
 

@@ -23,6 +23,7 @@ from guard_quantization.evaluation.evaluate import (
 )
 from guard_quantization.starter.teacher import CODES
 from guard_service.engines.fake import FakeEngine
+from guard_service.manifest import Calibration
 
 
 def row(unsafe: bool, codes: tuple[str, ...] | None = (), role: str = "user") -> Row:
@@ -90,6 +91,13 @@ def test_each_direction_is_calibrated_on_its_own_rows() -> None:
     logits[200:] += 3
     fitted = calibrations(rows, 1 / (1 + np.exp(-logits)))
     assert fitted[Direction.RESPONSE].bias < fitted[Direction.PROMPT].bias - 2
+
+
+def test_a_direction_without_rows_of_both_labels_keeps_its_scores() -> None:
+    rows = [row(n % 2 == 0, None, "user") for n in range(40)]
+    fitted = calibrations(rows, np.linspace(0.1, 0.9, 40))
+    assert fitted[Direction.RESPONSE] == Calibration() != fitted[Direction.PROMPT]
+    assert {*calibrations([], np.empty(0)).values()} == {Calibration()}
 
 
 def test_rows_are_scored_in_their_own_order() -> None:

@@ -28,7 +28,8 @@ from guard_middleware.service_info import (
 from guard_middleware.stream_watch import Watch
 from guard_middleware.terms import Terms
 from guard_middleware.turns import Turns, direction_of
-from guard_middleware.verdict import Outcome, PolicyRef, StreamOutcome
+from guard_middleware.verdict import Outcome, PolicyRef, SeenImage, StreamOutcome
+from guard_policies.assessment import Direction
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -86,6 +87,22 @@ class AsyncGuardClient:
             return calls.single_outcome(await self._call(self._stub.Classify, request, timeout_s))
         except GuardError as error:
             return self._fallback.outcome(error, policy, direction_of(request.conversation))
+
+    async def image_at(
+        self, url: str, *, policy: str = "", language: str = "", timeout_s: float | None = None
+    ) -> SeenImage:
+        """What the guard says of the image behind an address, by itself, and the image as it was
+        judged: for guards whose policy lets images be fetched. Raises ValueError for a lone
+        surrogate, and otherwise what `classify` raises."""
+        try:
+            request = calls.image_request(url, policy, language)
+        except UnicodeEncodeError:
+            raise ValueError("the address is not well-formed Unicode") from None
+        await self._learn()
+        try:
+            return calls.seen_image(await self._call(self._stub.Classify, request, timeout_s))
+        except GuardError as error:
+            return SeenImage(self._fallback.outcome(error, policy, Direction.PROMPT))
 
     async def classify_batch(
         self, items: Sequence[Item | Turns], *, timeout_s: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from guard_middleware.errors import BadReply, GuardError, from_item
 from guard_middleware.fallback import Fallback
 from guard_middleware.retry import passing
 from guard_middleware.turns import Turns, direction_of, read_turns
-from guard_middleware.verdict import Outcome, StreamOutcome, read_result, read_verdict
+from guard_middleware.verdict import Outcome, SeenImage, StreamOutcome, read_result, read_verdict
 from guard_policies.assessment import Direction
 
 SERVICE = "guard_api.v1.GuardService"
@@ -42,6 +43,26 @@ def classify_request(item: Item) -> guard_pb2.ClassifyRequest:
         language=item.language,
         no_cache=item.no_cache,
     )
+
+
+def image_request(url: str, policy: str, language: str) -> guard_pb2.ClassifyRequest:
+    """The wire's request about an image that the guard is to fetch and to give back."""
+    part = guard_pb2.Part(image=guard_pb2.Image(uri=url))
+    message = guard_pb2.Message(role=guard_pb2.ROLE_USER, parts=[part])
+    return guard_pb2.ClassifyRequest(
+        conversation=guard_pb2.Conversation(messages=[message]),
+        policy=policy,
+        language=language,
+        return_images=True,
+    )
+
+
+def seen_image(reply: guard_pb2.ClassifyResponse) -> SeenImage:
+    """The verdict of a reply, and the image that it is about."""
+    fetched = [
+        f"data:{one.mime_type};base64,{base64.b64encode(one.data).decode()}" for one in reply.images
+    ]
+    return SeenImage(single_outcome(reply), fetched[0] if fetched else "")
 
 
 def batch_request(items: Sequence[Item | Turns]) -> guard_pb2.ClassifyBatchRequest:

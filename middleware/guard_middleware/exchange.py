@@ -11,6 +11,7 @@ from guard_middleware.asking import Ruling, rule
 from guard_middleware.bodies import Encoded, Gone, TooLarge, read_body, replaced
 from guard_middleware.context import Context, id_header, in_force, refused
 from guard_middleware.formats.contract import Asked, Format, Unreadable
+from guard_middleware.image_fetching import Fetching, inlined
 from guard_middleware.messages import Message, Receive, Scope, Send, answer, is_last
 from guard_middleware.relay import Relay
 from guard_middleware.reports import report
@@ -96,11 +97,18 @@ class Exchange:
         try:
             value = parse(body, folded=True)
             asked = self._format.read_request(scope["path"], value)
+            if asked.unread and settings.image_urls == "guard":
+                await self._fetch_images(value)
+                asked = self._format.read_request(scope["path"], value)
             body = dump(value)
         except (Malformed, Unreadable) as wrong:
             await self._invalid(send, 400, f"The request {wrong}.")
             return
-        if asked.unread and settings.unscannable != "pass":
+        if len(body) > settings.max_body_bytes:
+            await self._invalid(send, 413, "The request is too large with its images.")
+            return
+        blocked = any(outcome.blocked for _, outcome in self._outcomes)
+        if blocked or asked.unread and settings.unscannable != "pass":
             await self._refuse(send, asked, "blocked_prompt")
             return
         relay = self._relay = Relay(self._context, self._format, asked, self._id)
@@ -109,6 +117,13 @@ class Exchange:
         finally:
             await relay.close()
             self._outcomes += ((Direction.RESPONSE, one) for one in relay.outcomes)
+
+    async def _fetch_images(self, value: Json) -> None:
+        """Put the images that the guard fetches in the place of their addresses."""
+        guard = self._context.guard
+        if isinstance(guard, Fetching):
+            outcomes = await inlined(guard, self._format.name, value)
+            self._outcomes += ((Direction.PROMPT, one) for one in outcomes)
 
     async def _screened(self, relay: Relay, call: _Call, value: Json, send: Send) -> None:
         beside = self._context.settings.prompt_check == "beside"

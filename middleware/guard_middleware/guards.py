@@ -22,7 +22,7 @@ from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
 from guard_middleware.terms import Terms
 from guard_middleware.turns import direction_of
-from guard_middleware.verdict import Outcome, StreamOutcome, Unjudged
+from guard_middleware.verdict import Outcome, SeenImage, StreamOutcome, Unjudged
 from guard_policies.assessment import Action, Direction
 
 LOG = logging.getLogger(__name__)
@@ -99,6 +99,16 @@ class RemoteGuard:
                     yield dataclasses.replace(one, outcome=settled)
         except GuardError as error:
             yield StreamOutcome(self._settled(_blocked(error), Direction.RESPONSE), 0, final=True)
+
+    async def image_at(self, url: str) -> SeenImage:
+        """The image behind an address, judged by itself."""
+        settings = self._settings
+        try:
+            client = await self._client()
+            seen = await client.image_at(url, policy=settings.policy, language=settings.language)
+        except GuardError as error:
+            seen = SeenImage(_blocked(error))
+        return dataclasses.replace(seen, outcome=self._settled(seen.outcome, Direction.PROMPT))
 
     async def policy(self) -> PolicySummary | None:
         """What its policy wants of callers; None where that is not known."""

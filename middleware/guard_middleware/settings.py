@@ -68,6 +68,12 @@ class Settings:
         "block",
         "pass",
     )
+    image_urls: str = _choice(
+        "refuse",
+        "images given by address: what no guard can read, or fetched by the guard, whose policy "
+        "must let it, and forwarded as they were judged",
+        "guard",
+    )
     on_unavailable_prompt: str = _choice(
         "policy", "when a request could not be judged", "block", "allow"
     )

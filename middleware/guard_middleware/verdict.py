@@ -183,6 +183,15 @@ class StreamOutcome:
     final: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SeenImage:
+    """An outcome for an image that the guard fetched, and the image as it was judged, as a data:
+    URI; empty where it had none."""
+
+    outcome: Outcome
+    data_url: str = ""
+
+
 def read_verdict(wire: verdict_pb2.Verdict) -> Verdict:
     """Plain Python from the wire; raises BadReply for what the contract forbids."""
     shadow = None

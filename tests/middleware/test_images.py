@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,11 +19,13 @@ from guard_middleware.settings import Settings
 from guard_middleware.sidecar import Places, Sidecar
 from guard_middleware.verdict import Outcome
 from guard_service.config import Settings as ServiceSettings
+from guard_service.images.fetch import Fetcher
 from guard_service.server import local_server
-from tests.middleware.asgi_calls import Backend, listening
+from tests.middleware.asgi_calls import Backend, call, listening
 from tests.middleware.formats.openai_replies import reply
 from tests.middleware.wrapped import Wrapped
-from tests.service.images.drawing import BLUE, RED, drawn
+from tests.service.images.drawing import BLUE, RED, drawn, encoded, image
+from tests.service.images.network import HOST, Network, http
 
 SAFE, UNSAFE, BROKEN = drawn(BLUE), drawn(RED), drawn(BLUE)[:-1]
 SAID = "A boat."
@@ -195,3 +198,106 @@ async def test_images_before_a_guard_that_sees_none_are_refused(fake_guard: str)
         got = await client.post("/v1/chat/completions", json=chat(SAFE))
     assert got.json()["choices"][0]["finish_reason"] == "content_filter"
     assert not backend.bodies
+
+
+URL = f"http://{HOST}/a.png"
+FETCHING = f"""
+name: fetching
+version: "1"
+image_uris: {{hosts: [{HOST}], ports: [80], schemes: [http]}}
+"""
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    made = Network(monkeypatch)
+    monkeypatch.setattr(Fetcher, "_by_system", lambda self, host, port: made.resolve(host, port))
+    return made
+
+
+@pytest.fixture
+def fetching_guard(network: Network, tmp_path: Path) -> Iterator[str]:
+    """The target of a guard that sees red and may fetch from that network."""
+    (tmp_path / "fetching.yaml").write_text(FETCHING)
+    settings = ServiceSettings(model="fake-vision", policies=(tmp_path,), default_policy="fetching")
+    with local_server(settings) as target:
+        yield target
+
+
+def chat_at(*urls: str) -> Any:
+    body = chat()
+    parts = [{"type": "image_url", "image_url": {"url": one}} for one in urls]
+    body["messages"][0]["content"] += parts
+    return body
+
+
+def responses_at(*urls: str) -> Any:
+    body = responses()
+    body["input"][0]["content"] += [{"type": "input_image", "image_url": one} for one in urls]
+    return body
+
+
+def llama_stack_at(*urls: str) -> Any:
+    body = llama_stack()
+    items = [{"type": "image", "image": {"url": {"uri": one}}} for one in urls]
+    body["messages"][0]["content"] += items
+    return body
+
+
+AT = {
+    "openai chat": chat_at,
+    "openai responses": responses_at,
+    "llama stack": llama_stack_at,
+}
+
+
+async def test_an_image_given_by_address_is_refused_unless_asked_for(
+    fetching_guard: str, network: Network
+) -> None:
+    for settings in ({}, {"image_urls": "refuse"}):
+        backend = Backend([json.dumps(reply(SAID)).encode()])
+        app = Wrapped(backend, Recording(fetching_guard), **settings)
+        got = await call(app, "/v1/chat/completions", chat_at(URL))
+        assert got.json["choices"][0]["finish_reason"] == "content_filter"
+        assert not backend.bodies
+        await app.close()
+    assert not network.asked
+
+
+@pytest.mark.parametrize("protocol", AT)
+async def test_the_backend_gets_what_the_guard_fetched(
+    fetching_guard: str, network: Network, protocol: str
+) -> None:
+    path, _, said = PROTOCOLS[protocol]
+    asking = AT[protocol]
+    backend = Backend([json.dumps(said).encode()])
+    guard = Recording(fetching_guard)
+    app = Wrapped(backend, guard, image_urls="guard")
+    async with network.serving(http(SAFE)):
+        passed = await call(app, path, asking(URL, url(SAFE)))
+    assert SAID.encode() in passed.body
+    assert backend.asked == asking(url(SAFE), url(SAFE))
+    assert len(network.requests) == 1
+    assert digests(guard.outcomes[0]) == [hashlib.sha256(SAFE).hexdigest()] * 2
+    async with network.serving(http(UNSAFE)):
+        stopped = await call(app, path, asking(URL))
+    async with network.serving(http(BROKEN)):
+        broken = await call(app, path, asking(URL))
+    elsewhere = await call(app, path, asking("http://evil.example/a.png"))
+    many = await call(app, path, asking(*[URL] * 17))
+    for refused in (stopped, broken, elsewhere, many):
+        assert refused.status == 200 and SAID.encode() not in refused.body
+    assert len(backend.bodies) == 1
+    await app.close()
+
+
+async def test_a_request_that_its_images_make_too_large_is_refused(
+    fetching_guard: str, network: Network
+) -> None:
+    backend = Backend([json.dumps(reply(SAID)).encode()])
+    large = encoded(image(size=(64, 64)), "BMP")
+    app = Wrapped(backend, Recording(fetching_guard), image_urls="guard", max_body_bytes=8192)
+    async with network.serving(http(large)):
+        got = await call(app, "/v1/chat/completions", chat_at(URL))
+    assert got.status == 413 and not backend.bodies
+    await app.close()

@@ -46,8 +46,7 @@ class Cascade:
         self._metrics = metrics
         self._clock = clock
         # What the second said last of a growing reply, which is asked for again when it ends.
-        self._said: WeakKeyDictionary[Growing, tuple[Conversation, Judgement]]
-        self._said = WeakKeyDictionary()
+        self._said: WeakKeyDictionary[Growing, Judgement] = WeakKeyDictionary()
 
     @property
     def policies(self) -> Mapping[str, Policy]:
@@ -139,14 +138,14 @@ class Cascade:
 
     async def _by_second(self, asked: _Asked, guard: SecondGuard) -> Judgement:
         said = self._said.get(asked.growing) if asked.growing else None
-        if said is not None and said[0] == asked.conversation:
-            return _again(said[1])
+        if said is not None and said.conversation == asked.conversation:
+            return _again(said)
         left_s = asked.until - self._clock()
         judgement = await guard.judge(
             asked.conversation, asked.policy, asked.language, left_s, asked.no_cache
         )
         if asked.growing is not None:
-            self._said[asked.growing] = (asked.conversation, judgement)
+            self._said[asked.growing] = judgement
         return judgement
 
     async def _instead(self, asked: _Asked, error: GuardServiceError) -> Judgement:
@@ -210,6 +209,7 @@ def _with_cost(judgement: Judgement, other: Judgement) -> Judgement:
         inference_s=judgement.inference_s + other.inference_s,
         computed_tokens=judgement.computed_tokens + other.computed_tokens,
         cached_tokens=judgement.cached_tokens + other.cached_tokens,
+        images_s=judgement.images_s + other.images_s,
     )
 
 
@@ -222,6 +222,7 @@ def _again(judgement: Judgement) -> Judgement:
         tokenize_s=0.0,
         queue_s=0.0,
         inference_s=0.0,
+        images_s=0.0,
         computed_tokens=0,
         cached_tokens=0,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
@@ -31,6 +32,8 @@ from guard_service.wire import ACTIONS, DIRECTIONS, KINDS, kind_of, message_of
 ENGINE = "remote"
 INFO_TIMEOUT_S = 1.0
 MAX_REPLY_BYTES = 64 * 2**20  # a verdict is small; the images that were fetched may not be
+MOST_TOKENS = 2**31  # so that those of both guards have room in the contract's number
+MOST_CHARS = 256  # of a model's name or digest
 MIME_TYPE = re.compile(r"image/[a-z0-9.+-]{1,32}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
@@ -134,7 +137,11 @@ def _judgement(
     decision = decide(policy, assessment, built.direction, language, unscannable)
     if _told(decision) != (verdict.action, verdict.shadow_action):
         raise ValueError("its scores do not lead to its action")
-    timing = verdict.timing
+    timing, total_s = verdict.timing, time.perf_counter() - began
+
+    def seconds(duration: Duration) -> float:
+        return min(max(duration.ToNanoseconds() / 1e9, 0.0), total_s)
+
     return Judgement(
         id=uuid.uuid4().hex,
         decision=decision,
@@ -143,16 +150,16 @@ def _judgement(
         built=built,
         window_scores=tuple(_share(window.unsafe_score) for window in verdict.coverage.windows),
         from_cache=verdict.from_cache,
-        total_s=time.perf_counter() - began,
-        tokenize_s=timing.tokenize.ToNanoseconds() / 1e9,
-        queue_s=timing.queue.ToNanoseconds() / 1e9,
-        inference_s=timing.inference.ToNanoseconds() / 1e9,
-        computed_tokens=timing.computed_tokens,
-        cached_tokens=timing.cached_tokens,
+        total_s=total_s,
+        tokenize_s=seconds(timing.tokenize),
+        queue_s=seconds(timing.queue),
+        inference_s=seconds(timing.inference),
+        computed_tokens=min(timing.computed_tokens, MOST_TOKENS),
+        cached_tokens=min(timing.cached_tokens, MOST_TOKENS),
         unknown_categories=tuple(c for c in verdict.coverage.unknown_categories if c in scores),
         found=(decision,),
         conversation=_as_judged(conversation, reply.images, built.parts),
-        images_s=timing.images.ToNanoseconds() / 1e9,
+        images_s=seconds(timing.images),
     )
 
 
@@ -240,7 +247,9 @@ def _share(score: float) -> float:
 
 
 def _model(model: verdict_pb2.ModelRef) -> ModelCard:
-    """As much of a card as a verdict tells."""
+    """As much of a card as a verdict tells. Raises ValueError for what cannot be a name."""
+    if max(len(model.name), len(model.digest)) > MOST_CHARS:
+        raise ValueError("its model's name is too long")
     return _card(guard_pb2.ModelInfo(model=model, engine=ENGINE))
 
 

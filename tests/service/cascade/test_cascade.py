@@ -162,6 +162,20 @@ async def test_a_growing_reply_goes_up_whole_and_once_for_each_text(run_guard: R
     assert large.batches[-1] == (f"User: hi\n\nAgent: {says(0.1, 0.9)}{says(0.3, 0.2)}\n\n",)
 
 
+async def test_a_growing_reply_to_an_image_is_read_once_for_each_text(run_guard: RunGuard) -> None:
+    large = Told(LARGE, sees_images=True)
+    guard = await run_guard(Told(SMALL), (BAND,), second=large)
+    call = guard.stub.ClassifyStream()
+    opening = start(policy="tiered")
+    opening.start.conversation.messages.append(with_picture("look"))
+    await call.write(opening)
+    for step in (piece(says(0.1, 0.2), check=True), piece("", check=True), piece("", end=True)):
+        await call.write(step)
+        verdict = (await call.read()).verdict
+        assert told(verdict) == ("ALLOW", 0.2, LARGE, "second", "IMAGE")
+    assert verdict.from_cache and large.saw(says(0.1, 0.2)) == 1
+
+
 async def test_a_server_asked_as_the_second_judges_alone(run_guard: RunGuard) -> None:
     large = Told(LARGE)
     wants = f"engine: {SMALL}\n" + BAND.replace("{band", f"{{second: {LARGE}, band")

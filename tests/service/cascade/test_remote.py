@@ -243,6 +243,7 @@ CHANGES: dict[str, Callable[[verdict_pb2.Verdict], Any]] = {
     "a part that was not judged": lambda v: setattr(
         v.coverage.parts[0], "state", verdict_pb2.PART_STATE_NOT_JUDGED
     ),
+    "a name without end": lambda v: setattr(v.model, "name", "x" * 1000),
     "window above 1": lambda v: setattr(v.coverage.windows[0], "unsafe_score", 2.0),
 }
 
@@ -263,6 +264,22 @@ async def test_a_verdict_that_does_not_add_up_is_no_answer(
         refusal = await refused(front.stub.Classify(asked(UP, policy="tiered")))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
     assert service.asked[0].as_second and service.asked[0].policy == "tiered"
+
+
+async def test_times_and_counts_that_cannot_be_are_cut(
+    run_guard: RunGuard, cascade: Cascade, tmp_path: Path
+) -> None:
+    back = await run_guard(Told(LARGE), (ERROR,))
+    odd = (await back.stub.Classify(asked(UP, policy="tiered", as_second=True))).verdict
+    odd.timing.computed_tokens = 2**32 - 1
+    odd.timing.inference.seconds = 2**62
+    odd.timing.queue.seconds = -5
+    with serving(FakeService(odd), f"unix:{tmp_path / 'back'}") as target:
+        front = await cascade(target)
+        timing = (await front.stub.Classify(asked(UP, policy="tiered"))).verdict.timing
+    assert timing.computed_tokens >= 2**31
+    assert 0 <= timing.queue.ToNanoseconds() < timing.inference.ToNanoseconds()
+    assert timing.inference.ToNanoseconds() < 2 * timing.total.ToNanoseconds()
 
 
 async def test_an_empty_verdict_is_no_answer(cascade: Cascade, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def prune(
     with tensors:
         with _shown(report, "checking weights", len(tensors.names())) as done:
             entries = check_tensors(tensors, config, done)
-        check_room(folder, _bytes(config, plan, entries[0].dtype))
+        check_room(folder, _bytes(config, plan, tokens, entries[0].dtype))
         work = _Pruning(tensors, entries, config, tokens, plan, measured, held, report)
         if progress:
             used = [list(row) for row in calibration[: plan.rows + plan.held_back]]
@@ -291,7 +291,7 @@ def _head(config: Mapping[str, Any], head: Sequence[int] | None) -> tuple[int, .
     return found
 
 
-def _bytes(config: Mapping[str, Any], plan: PrunePlan, dtype: str) -> int:
+def _bytes(config: Mapping[str, Any], plan: PrunePlan, head: tuple[int, ...], dtype: str) -> int:
     """Of the weights that are left: those of a Llama of the plan's sizes."""
     shape = shape_of(config)
     groups = plan.kv_groups or shape.kv_heads
@@ -303,9 +303,8 @@ def _bytes(config: Mapping[str, Any], plan: PrunePlan, dtype: str) -> int:
         "head_dim": shape.head_dim,
         "hidden_size": rounded(plan.hidden_size or shape.hidden, shape.hidden),
     }
-    cut = plan.head or "verdict_head" in config
-    wanted = layout({**config, **sizes})
-    return sum(Entry(name, size, dtype).bytes for name, size in wanted if not cut or name != HEAD)
+    cut = {"tie_word_embeddings": False, "verdict_head": list(head)} if plan.head else {}
+    return sum(Entry(*part, dtype).bytes for part in layout({**config, **sizes, **cut}))
 
 
 def _rows(

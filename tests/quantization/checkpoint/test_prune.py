@@ -113,6 +113,21 @@ def test_the_layer_that_is_an_identity_goes(tmp_path: Path) -> None:
     assert len(figures["blocks"]) == 4 and abs(figures["blocks"][2]) < 1e-6
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_room_that_is_asked_for_is_what_the_weights_take(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {**ALL, "head": True}
+    _, figures = pruned(tiny_llama(tie_word_embeddings=tied), tmp_path, **plan)
+    size = round(figures["steps"][-1]["mib"] * 2**20)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    prune(tmp_path / "source", tmp_path / "again", replaced(**plan), ROWS, VERDICT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(OSError, match="make room"):
+        prune(tmp_path / "source", tmp_path / "third", replaced(**plan), ROWS, VERDICT)
+
+
 def test_protected_layers_stay_whatever_they_do(tmp_path: Path) -> None:
     model = tiny_llama()
     make_identity(model)

@@ -321,6 +321,20 @@ def spoil(source: Path, folder: Path, value: float) -> Path:
     return folder
 
 
+def test_the_room_that_is_asked_for_is_what_the_parts_take(
+    source: Path, nearest: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in nearest[0].glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    quantize_checkpoint(source, tmp_path / "fits", NEAREST, calibration())
+    headers = 8192  # that parts have besides, and that are not asked for
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - headers))
+    with pytest.raises(OSError, match="make room"):
+        quantize_checkpoint(source, tmp_path / "large", NEAREST, calibration())
+    assert not [path for path in tmp_path.iterdir() if path.name != "fits"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_weights_that_no_scale_holds_are_named(source: Path, tmp_path: Path, value: float) -> None:
     folder = spoil(source, tmp_path / "spoilt", value)

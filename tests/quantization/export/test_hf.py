@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from guard_policies.taxonomy import LLAMA_GUARD_3
-from guard_quantization.checkpoint.tensors import Tensors
+from guard_quantization.checkpoint.tensors import Tensors, stored_bytes
 from guard_quantization.export.artifact import verdict_tokens
 from guard_quantization.export.decoder import ExportError, Precision, export_graphs
+from guard_quantization.export.graph import DATA_FILE
 from guard_quantization.export.hf import LLAMA_GUARD_3_1B, export_checkpoint
 from guard_service.artifact import load
 from guard_service.conversation import Conversation
@@ -104,6 +105,18 @@ def test_an_exported_folder_scores_as_transformers_does(
     assert found.assessment.unsafe_score == pytest.approx(unsafe, abs=most)
     scores = list(found.assessment.category_scores.values())
     assert scores == pytest.approx((codes * unsafe).tolist(), abs=most)
+
+
+@pytest.mark.parametrize("precision", [FLOAT, Precision(), Precision(8, embedding_bits=8)])
+def test_the_room_that_is_asked_for_is_what_the_graph_takes(
+    source: Path, tmp_path: Path, precision: Precision
+) -> None:
+    manifest = export_checkpoint(source, tmp_path / "guard", precision=precision).manifest
+    config, rows = json.loads((source / "config.json").read_text()), len(manifest.verdict.head)
+    p = precision
+    asked = stored_bytes(config, rows, p.bits, p.block, p.embedding_bits)
+    # Small tensors lie in the graph, not in this file.
+    assert manifest.files[DATA_FILE].size == pytest.approx(asked, rel=0.1)
 
 
 def test_pickled_weights_are_refused(source: Path, tmp_path: Path) -> None:

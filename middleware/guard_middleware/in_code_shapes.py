@@ -166,14 +166,18 @@ class Function:
 
 
 class _Texts:
+    def __init__(self) -> None:
+        self._spoken = False
+
     def feed(self, chunk: Any) -> Event:
         return Event(b"", tuple(_said(0, _text(chunk, "a piece of the reply"))), value=chunk)
 
     def released(self, event: Event) -> Any:
+        self._spoken = self._spoken or bool(event.pieces)
         return event.value
 
     def refuse(self, refusal: Refusal) -> Sequence[Any]:
-        return [refusal.text]
+        return [f"\n\n{refusal.text}" if self._spoken else refusal.text]
 
 
 class Pipeline:

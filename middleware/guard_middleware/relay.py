@@ -98,10 +98,10 @@ class Relay:
 
     async def close(self) -> None:
         """End what is under way, but not an application that has said all. The outcomes stay."""
+        await self._screen.close()  # first: an application that ends would have all of it judged
         if not self._said_all:
             self.cancel()
             await self.settle()
-        await self._screen.close()
         self.outcomes += self._screen.outcomes
         self._screen.outcomes = []
 

@@ -66,7 +66,8 @@ class Screen:
             self._held_chars += len(piece.text)
             needs.append((growing, growing.chars))
         self._held.append(_Held(event, tuple(needs)))
-        self._check_left_behind({piece.channel for piece in event.pieces}, event.ended)
+        if event.ended or len(self._channels) > 1:
+            self._check_left_behind({piece.channel for piece in event.pieces}, event.ended)
         if self.full:
             self.check()
         self._changed.set()
@@ -132,7 +133,8 @@ class Screen:
         self._changed.clear()
 
     async def close(self) -> None:
-        """End the verdicts that are under way."""
+        """End the verdicts that are under way; nothing is given out any more."""
+        self.block()
         tasks = [growing.task for growing in self._channels.values()]
         for task in tasks:
             task.cancel()

@@ -75,10 +75,11 @@ class Sidecar:
         )
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; a second SIGINT does not wait. For the main thread."""
-        asyncio.run(self._run())
+        """`until_signal`, in a loop of its own."""
+        asyncio.run(self.until_signal())
 
-    async def _run(self) -> None:
+    async def until_signal(self) -> None:
+        """Serve until SIGTERM or SIGINT; a second SIGINT does not wait. For the main thread."""
         loop = asyncio.get_running_loop()
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(one, self.server.handle_exit, one, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,9 @@ from guard_service.engines import ModelCard
 from guard_service.errors import (
     GuardServiceError,
     InvalidRequest,
+    Overloaded,
     PolicyNotSupported,
+    SecondUnable,
     Unscannable,
 )
 from guard_service.growing import Growing
@@ -39,12 +41,10 @@ class Cascade:
         first: Moderator,
         second: SecondGuard | None,
         metrics: Metrics,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._first = first
         self._second = second
         self._metrics = metrics
-        self._clock = clock
         # What the second said last of a growing reply, which is asked for again when it ends.
         self._said: WeakKeyDictionary[Growing, Judgement] = WeakKeyDictionary()
 
@@ -87,7 +87,9 @@ class Cascade:
 
         The second guard has no state of a growing conversation and reads it whole.
         """
-        asked = _Asked(conversation, policy, language, no_cache, growing, self._clock() + timeout_s)
+        asked = _Asked(
+            conversation, policy, language, no_cache, growing, time.perf_counter() + timeout_s
+        )
         try:
             judgement = await self._judged(asked)
         except GuardServiceError as error:
@@ -102,9 +104,9 @@ class Cascade:
             return await self._by_first(asked)
         if not policy.judged(direction_of(asked.conversation)):
             return _told(await self._by_first(asked), FIRST, Why.POLICY_IS_OFF)
-        began = self._clock()
+        began = time.perf_counter()
         judgement = await self._by_either(asked, terms, self._second)
-        return replace(judgement, total_s=self._clock() - began)
+        return replace(judgement, total_s=time.perf_counter() - began)
 
     async def _by_either(self, asked: _Asked, terms: Terms, guard: SecondGuard) -> Judgement:
         first = None
@@ -119,10 +121,11 @@ class Cascade:
         except InvalidRequest as error:  # which no other guard makes a better one
             raise for_policy(error, asked.policy, direction_of(asked.conversation)) from None
         except GuardServiceError as error:
-            for_policy(error, asked.policy, direction_of(asked.conversation))
+            unable = _unable(error)
+            for_policy(unable, asked.policy, direction_of(asked.conversation))
             if terms.when_unable is WhenUnable.ERROR:
-                raise
-            first = first or await self._instead(asked, error)
+                raise unable from None
+            first = first or await self._instead(asked, unable)
             return _told(first, FIRST, Why.SECOND_UNABLE)
         return _told(_with_cost(second, first) if first else second, SECOND, why)
 
@@ -131,7 +134,7 @@ class Cascade:
             asked.conversation,
             asked.policy,
             asked.language,
-            asked.until - self._clock(),
+            asked.until - time.perf_counter(),
             asked.no_cache,
             asked.growing,
         )
@@ -140,7 +143,7 @@ class Cascade:
         said = self._said.get(asked.growing) if asked.growing else None
         if said is not None and said.conversation == asked.conversation:
             return _again(said)
-        left_s = asked.until - self._clock()
+        left_s = asked.until - time.perf_counter()
         judgement = await guard.judge(
             asked.conversation, asked.policy, asked.language, left_s, asked.no_cache
         )
@@ -181,7 +184,7 @@ class Cascade:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One question, and until when (by the cascade's clock) it is to be answered."""
+    """One question, and until when (by `time.perf_counter`) it is to be answered."""
 
     conversation: Conversation
     policy: Policy
@@ -189,6 +192,13 @@ class _Asked:
     no_cache: bool
     growing: Growing | None
     until: float
+
+
+def _unable(error: GuardServiceError) -> GuardServiceError:
+    """What callers are told; an overload and an image that cannot be read are what they are."""
+    if isinstance(error, Overloaded | Unscannable):
+        return error
+    return SecondUnable(f"the second guard could not judge ({error.reason}): {error}")
 
 
 def _has_image(conversation: Conversation) -> bool:

@@ -13,6 +13,7 @@ GuardServiceError
 ├── ShuttingDown            UNAVAILABLE
 ├── NotReady                UNAVAILABLE
 ├── NotAssessed             INTERNAL, when the engine failed
+├── SecondUnable            INTERNAL
 └── InternalError           INTERNAL
 """
 
@@ -136,6 +137,15 @@ class NotAssessed(GuardServiceError):
     """The engine failed on this work."""
 
     reason = "ENGINE_FAILED"
+
+
+class SecondUnable(GuardServiceError):
+    """The second guard of a cascade was to decide and could not.
+
+    Never UNAVAILABLE or DEADLINE_EXCEEDED: callers would take this server for one that is away.
+    """
+
+    reason = "SECOND_UNABLE"
 
 
 class InternalError(GuardServiceError):

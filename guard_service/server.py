@@ -46,7 +46,7 @@ PENDING_CALLS = 65_536
 
 
 class GuardServer:
-    """One engine behind gRPC. All methods belong to one event loop."""
+    """One guard, or a cascade of two, behind gRPC. All methods belong to one event loop."""
 
     def __init__(
         self,

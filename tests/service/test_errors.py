@@ -41,6 +41,7 @@ def test_the_code_is_the_one_the_contract_names(kind: type[GuardServiceError]) -
         "POLICY_NOT_SUPPORTED": "FAILED_PRECONDITION",
         "NOT_READY": "UNAVAILABLE",
         "INTERNAL": "INTERNAL",
+        "SECOND_UNABLE": "INTERNAL",
     }
     assert kind.code is grpc.StatusCode[codes[kind.reason]]
 

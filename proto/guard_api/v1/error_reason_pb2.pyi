@@ -64,6 +64,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ERROR_REASON_NOT_READY (UNAVAILABLE): the model is still loading or failed its self-test."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
     """ERROR_REASON_INTERNAL (INTERNAL): a defect of the service; the request id is in its logs."""
+    ERROR_REASON_SECOND_UNABLE: _ErrorReason.ValueType  # 14
+    """ERROR_REASON_SECOND_UNABLE (INTERNAL): the second guard of the policy's cascade was to decide and
+    could not; the server itself is well, and other messages may need no second guard.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the `reason` of a google.rpc.ErrorInfo, by name without the prefix
@@ -112,4 +116,8 @@ ERROR_REASON_NOT_READY: ErrorReason.ValueType  # 12
 """ERROR_REASON_NOT_READY (UNAVAILABLE): the model is still loading or failed its self-test."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 """ERROR_REASON_INTERNAL (INTERNAL): a defect of the service; the request id is in its logs."""
+ERROR_REASON_SECOND_UNABLE: ErrorReason.ValueType  # 14
+"""ERROR_REASON_SECOND_UNABLE (INTERNAL): the second guard of the policy's cascade was to decide and
+could not; the server itself is well, and other messages may need no second guard.
+"""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

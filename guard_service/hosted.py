@@ -51,7 +51,11 @@ class Hosted:
             self.batcher,
             policies,
             settings.default_policy,
-            Bounds(settings.max_conversation_tokens, settings.max_conversation_chars),
+            Bounds(
+                settings.max_conversation_tokens,
+                settings.max_conversation_chars,
+                settings.max_queue_items,
+            ),
             settings.cache_entries,
             metrics,
             self._images,

@@ -49,6 +49,7 @@ class Bounds:
 
     conversation_tokens: int
     conversation_chars: int
+    prompts: int = 1_024  # each window beside each view of each image is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +262,11 @@ class Moderator:
             raise ConversationTooLong(
                 f"the conversation has {built.conversation_tokens} tokens, over the limit of "
                 f"{bounds.conversation_tokens}; send less of it"
+            )
+        if len(built.prompts) > bounds.prompts:
+            raise ConversationTooLong(
+                f"the conversation takes {len(built.prompts)} runs of the model, over the limit of "
+                f"{bounds.prompts}; send fewer images or less text"
             )
         return built
 

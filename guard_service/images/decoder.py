@@ -101,9 +101,8 @@ class Decoder:
         """A process for one image: an idle one, or a new one. One that was lost is replaced."""
         if self._closed:
             raise ShuttingDown
-        try:
-            process = self._idle.pop()
-        except IndexError:
+        process = self._idle_one()
+        if process is None:
             process = DecoderProcess(self._bounds.pixels, self._bounds.timeout_s)
             self._processes.add(process)
         try:
@@ -112,7 +111,22 @@ class Decoder:
             if process.alive:
                 self._idle.append(process)
             else:
-                self._processes.discard(process)
+                self._lose(process)
+
+    def _idle_one(self) -> DecoderProcess | None:
+        """One that still lives."""
+        while True:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                return None
+            if process.alive:
+                return process
+            self._lose(process)
+
+    def _lose(self, process: DecoderProcess) -> None:
+        self._processes.discard(process)
+        process.kill()
 
     def _hold(self, pixels: Pixels, size: int) -> None:
         """Count so many bytes for as long as anybody has the pixels."""

@@ -45,7 +45,6 @@ class DecoderProcess:
 
     def __init__(self, max_pixels: int, timeout_s: float) -> None:
         """Start it and wait until it is ready; raises NotAssessed when it does not come up."""
-        self.alive = True
         self._max_pixels = max_pixels
         self._timeout_s = timeout_s
         code = CODE.format(sys.path, max_pixels, math.ceil(timeout_s))
@@ -67,6 +66,11 @@ class DecoderProcess:
         if not self._acknowledged():
             self.kill()
             raise NotAssessed("the process that decodes images does not come up")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._popen.poll() is None
 
     def decode(self, data: bytes) -> Found:
         """What is in a file. Raises Refused; when the deadline passes the process is killed."""
@@ -92,7 +96,6 @@ class DecoderProcess:
 
     def kill(self) -> None:
         """End the process, and the child that it may have, at once."""
-        self.alive = False
         if self._popen.returncode is None:  # else its number may be another's by now
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()

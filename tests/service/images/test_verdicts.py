@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service.engines.fake import FakeEngine
+from guard_service.errors import PolicyNotSupported
 from guard_service.images.fetch import Fetcher
 from tests.service.asking import BOMB, Running, asked, message, piece, refused, start
 from tests.service.conftest import RunGuard
@@ -185,6 +187,24 @@ async def test_images_are_bounded_in_number_and_size(run_seeing: Seeing) -> None
     assert refusal.message == "the conversation has 3 images, over the limit of 2"
     large = encoded(image(size=(400, 300)))
     assert "IMAGE_TOO_LARGE" in (await refused(guard.stub.Classify(shown(large)))).message
+
+
+async def test_images_times_windows_are_bounded(run_seeing: Seeing) -> None:
+    guard = await run_seeing(max_queue_items=8)
+    long = "word " * 400  # of one byte each: five windows
+    assert (await verdict(guard, shown(drawn(), text=long))).action == ALLOW
+    refusal = await refused(guard.stub.Classify(shown(drawn(), drawn(RED), text=long)))
+    assert refusal.reason == "CONVERSATION_TOO_LONG"
+    assert "10 runs of the model, over the limit of 8" in refusal.message
+
+
+async def test_fetching_needs_its_packages(
+    run_seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "guard_service.images.fetch", None)
+    with pytest.raises(PolicyNotSupported, match=r"policy fetching .*\[fetch\]"):
+        await run_seeing(FETCHING)
+    await run_seeing(FLAGGING)
 
 
 async def test_a_growing_reply_to_an_image_decodes_it_once(run_seeing: Seeing) -> None:

@@ -82,6 +82,12 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Calls", "ops", {"{{rpc}} {{code}}": rate("guard_requests_total", "rpc,code")}),
         Panel("Time of Classify", "s", quantiles("guard_request_seconds", 'rpc="Classify"')),
         Panel(
+            "Time of ClassifyBatch",
+            "s",
+            quantiles("guard_request_seconds", 'rpc="ClassifyBatch"'),
+            "What middleware calls: a request's turns are one batch.",
+        ),
+        Panel(
             "Calls in progress", "short", {"{{rpc}}": f"sum by (rpc) (guard_in_flight{{{CHOSEN}}})"}
         ),
     ],
@@ -113,9 +119,12 @@ ROWS: dict[str, list[Panel]] = {
             },
         ),
         Panel(
-            "Memory of growing replies",
+            "Memory held",
             "bytes",
-            {"held": f"sum(guard_session_bytes{{{CHOSEN}}})"},
+            {
+                "growing replies": f"sum(guard_session_bytes{{{CHOSEN}}})",
+                "images in progress": f"sum(guard_image_bytes{{{CHOSEN}}})",
+            },
         ),
         Panel(
             "States crowded out",
@@ -123,6 +132,7 @@ ROWS: dict[str, list[Panel]] = {
             {"crowded out": rate("guard_sessions_crowded_out_total", "namespace")},
             "Each is computed anew: costs time. More session_bytes avoids it.",
         ),
+        Panel("Images", "ops", {"{{result}}": rate("guard_images_total", "result")}),
     ],
     "Second guard": [
         Panel("Asking it", "s", quantiles("guard_second_seconds")),

@@ -14,6 +14,7 @@ from guard_middleware import settings as middleware
 from guard_middleware.sidecar import Places
 from guard_service import __version__, config, server
 from guard_service.config import Settings
+from guard_service.interceptors import SERVICE
 from guard_service.metrics import Metrics, Probes, application
 from tests.deploy.manifests import (
     BACKENDS,
@@ -310,7 +311,7 @@ def test_the_route_leads_to_the_guards_service_and_names_what_it_serves() -> Non
     (port,) = (port for port in ports if port["port"] == backend["port"])
     assert port["appProtocol"] == "kubernetes.io/h2c"
     names = [match["method"]["service"] for match in rule["matches"]]
-    assert names == [server.SERVICE, "grpc.health.v1.Health"]
+    assert names == [SERVICE, "grpc.health.v1.Health"]
 
 
 def test_clients_are_told_of_a_service_that_resolves_to_pods() -> None:

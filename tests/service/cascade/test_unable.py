@@ -221,7 +221,8 @@ async def test_while_one_tries_the_others_do_not_wait_for_it() -> None:
     trial = asyncio.create_task(breaker.ask(AWAY))
     await until(lambda: len(breaker.guard.limits) == FAILURES + 1)
     with pytest.raises(NotReady, match="was not asked"):
-        await breaker.second.judge(Conversation.of(("user", "x")), breaker.policy, "", 60.0)
+        async with asyncio.timeout(PATIENCE_S):
+            await breaker.second.judge(Conversation.of(("user", "x")), breaker.policy, "", 60.0)
     breaker.guard.gate.set()
     assert await trial
 

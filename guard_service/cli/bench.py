@@ -12,8 +12,9 @@ from guard_service.cli import options
 What = Annotated[
     str,
     typer.Argument(
-        metavar="[service|engine]",
-        help="The service, or the bare engine in this process, without service or network.",
+        metavar="[service|engine|middleware]",
+        help="The service; or the bare engine, without service or network; or what middleware and "
+        "sidecar add to a backend.",
     ),
 ]
 Concurrency = Annotated[
@@ -77,7 +78,14 @@ Repeats = Annotated[
         "--repeats",
         min=0,
         max=1000,
-        help="Of the bare engine: turns at each figure; 0: only throughput in batches.",
+        help="Of the bare engine: turns at each figure; 0: only throughput in batches. Of the "
+        "middleware: turns.",
+    ),
+]
+Streams = Annotated[
+    int,
+    typer.Option(
+        "--streams", min=0, max=4000, help="Of the middleware: streams open at once; 0: none."
     ),
 ]
 
@@ -96,6 +104,7 @@ def bench(
     template: TemplateName = "",
     threads: Threads = 0,
     repeats: Repeats = 5,
+    streams: Streams = 100,
     policy: options.PolicyName = "",
     server: options.Server = "",
     model: options.Model = "",
@@ -113,7 +122,17 @@ def bench(
     The bare engine is measured more closely: cold start, time to a verdict at several lengths with
     a known and a new prefix, a growing reply, memory, and what share of this machine's speed it
     reaches; beside peers, if there are any. Each runs in a process of its own.
+
+    Of the middleware: an application that answers at once, alone, inside the middleware and behind
+    the sidecar, each in a process of its own, in turns: latency, throughput, streams, memory.
     """
+    if what == "middleware":
+        from guard_service.cli import bench_middleware
+
+        plan = bench_middleware.Plan(
+            max(1, repeats), count or 200, concurrency, duration_s, streams
+        )
+        raise typer.Exit(bench_middleware.run(plan, as_json))
     from guard_service.cli import bench_run
     from guard_service.cli.place import Place
 

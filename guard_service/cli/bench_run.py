@@ -62,7 +62,7 @@ class How:
 def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
     """Measure and report; the exit code is 1 when a call failed."""
     if how.what not in ("service", "engine"):
-        exits.fail("bench measures the service or the engine", exits.USAGE)
+        exits.fail("bench measures the service, the engine or the middleware", exits.USAGE)
     report: dict[str, Any] = {
         "concurrency": how.concurrency,
         "cores": len(os.sched_getaffinity(0)),

@@ -47,4 +47,5 @@ class Delays:
     def gave_all(self) -> None:
         """The client was given all of it."""
         if self._end_at is not None:
-            self._metrics.end_seconds.observe(self._clock() - self._end_at)
+            held_s = self._clock() - self._end_at
+            self._metrics.end_seconds.observe(self._waited_s + held_s)

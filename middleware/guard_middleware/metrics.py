@@ -47,7 +47,8 @@ class Metrics:
         )
         self.end_seconds = Histogram(
             name("end_delay_seconds"),
-            "Time from the end of the backend's reply to the end of the client's",
+            "What screening added to the time of a whole reply: the wait for the request's verdict "
+            "before the backend was called, and from the backend's end to the end of the client's",
             registry=registry,
             buckets=_SECONDS,
         )

@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PROTO_VENV := .venv-proto
 OLDEST_VENV := .venv-protobuf
+NEXT_VENV := .venv-transformers5
 
 # The oldest generator, since code from a newer one refuses to load on an older protobuf runtime.
 GENERATOR := grpcio-tools==1.71.2 mypy-protobuf==3.7.0
@@ -17,7 +18,7 @@ WIRE_TESTS := tests/middleware/test_client.py tests/middleware/test_async_client
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test install lint format format-check types check proto proto-check \
-  test-protobuf bench clean
+  test-protobuf test-transformers5 bench clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,11 +58,14 @@ proto-check: $(GENERATED) ## fail if the committed code of proto/ is stale
 test-protobuf: $(OLDEST_VENV)/.made ## run the wire's tests on the oldest protobuf and grpcio (make test: on the newest)
 	$(OLDEST_VENV)/bin/python -m pytest -q $(WIRE_TESTS)
 
+test-transformers5: $(NEXT_VENV)/.made ## run the torch engine's tests on transformers 5 (make test: on 4.57)
+	$(NEXT_VENV)/bin/python -m pytest -q tests/service/torch
+
 bench: $(VENV)/.base ## measure the starter guard here: latency, verdicts a second, what the service adds
 	$(BIN)/guardctl bench --compare-engine $(ARGS)
 
 clean: ## remove the virtual environments, caches and builds
-	rm -rf .venv $(PROTO_VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache dist build
+	rm -rf .venv $(PROTO_VENV) $(OLDEST_VENV) $(NEXT_VENV) .mypy_cache .ruff_cache .pytest_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call generate,FOLDER): the Python code of proto/*.proto, written below FOLDER
@@ -102,4 +106,12 @@ $(OLDEST_VENV)/.made: pyproject.toml constraints.txt
 	  -e '/^googleapis/d' constraints.txt > $(OLDEST_VENV)/constraints.txt
 	@$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
 	  -c $(OLDEST_VENV)/constraints.txt -e . pytest pytest-asyncio hypothesis grpcio-status
+	@touch $@
+
+$(NEXT_VENV)/.made: pyproject.toml constraints.txt
+	$(call virtual,$(NEXT_VENV))
+	@sed -E -e 's/^transformers==.*/transformers==5.24.0/' -e 's/^tokenizers==.*/tokenizers==0.23.3/' \
+	  -e 's/^huggingface_hub==.*/huggingface_hub==2.4.0/' constraints.txt > $(NEXT_VENV)/constraints.txt
+	@$(NEXT_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  -c $(NEXT_VENV)/constraints.txt -e '.[vision]' pytest pytest-asyncio hypothesis grpcio-status
 	@touch $@

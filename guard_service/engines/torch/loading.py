@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -92,10 +93,15 @@ def _config(geometry: Geometry) -> Any:
 
 
 def _quantization(weights: str, dtype: torch.dtype) -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line for each product
+    kept = ["lm_head", "multi_modal_projector"]  # small, and read where nothing corrects them
     if weights == INT8:
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
     )
 
 

@@ -66,12 +66,12 @@ def tiny_llama(**sizes: Any) -> Any:
     return _lively(LlamaForCausalLM(LlamaConfig(**{**TEXT, **sizes})))
 
 
-def tiny_mllama() -> Any:
-    """Two of its four layers attend to the image."""
+def tiny_mllama(**sizes: Any) -> Any:
+    """Two of its four layers attend to the image; `sizes` are of text and vision."""
     torch.manual_seed(7)
     config = MllamaConfig(
-        text_config={**TEXT, "cross_attention_layers": [1, 3]},
-        vision_config=dict(VISION),
+        text_config={**TEXT, "cross_attention_layers": [1, 3], **sizes},
+        vision_config={**VISION, **sizes, "vision_output_dim": 3 * sizes.get("hidden_size", 32)},
         image_token_index=WORDS,
     )
     return _lively(MllamaForConditionalGeneration(config))

@@ -38,6 +38,7 @@ COMPANIONS = (
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST = 2**20  # no size in a config is larger
+_MOST_ROPE = 1e12
 _MOST_HEADER = 100_000_000  # bytes; the library takes no more
 
 
@@ -164,7 +165,7 @@ def read_config(folder: Path, *, codes: bool = False) -> dict[str, Any]:
 
     With `codes` it may be of a folder that the quantize stage made.
     """
-    config = read_json(folder / "config.json")
+    config = _with_plain_rope(read_json(folder / "config.json"))
     if config.get("quantization_config") and not codes:
         raise ExportError(
             f"{folder / 'config.json'}: the weights are quantized; take the float checkpoint"
@@ -174,6 +175,17 @@ def read_config(folder: Path, *, codes: bool = False) -> dict[str, Any]:
     except ExportError as error:
         raise ExportError(f"{folder}/{error}") from error
     return config
+
+
+def _with_plain_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 writes as `rope_parameters`, in the fields of before."""
+    told = config.pop("rope_parameters", None)
+    if not isinstance(told, dict):
+        return config
+    theta = told.get("rope_theta", config.get("rope_theta", 10000.0))
+    scaling = {name: value for name, value in told.items() if name != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {**config, "rope_theta": theta, "rope_scaling": None if plain else scaling}
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
@@ -188,6 +200,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     _check_sizes({name: config.get(name) for name in (*sizes, "vocab_size")})
     optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
     _check_sizes({name: config[name] for name in optional if config.get(name) is not None})
+    _check_rope(config.get("rope_theta", 10000.0), config.get("rope_scaling"))
     try:
         shape = Shape.of(config)
         sound = bool(0 < shape.eps < 1) and all(map(math.isfinite, shape.frequencies))
@@ -214,6 +227,24 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
             raise ExportError(
                 f"config.json: {name} is {_short(value)}, must be a whole number, 1 to {_MOST - 1}"
             )
+
+
+def _check_rope(theta: Any, scaling: Any) -> None:
+    fields = {"rope_theta": theta}
+    if scaling is not None and not (isinstance(scaling, dict) and scaling):
+        raise ExportError(f"config.json: rope_scaling is {_short(scaling)}, must be an object")
+    if scaling and scaling.get("rope_type", scaling.get("type")) == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        fields |= {f"rope_scaling.{name}": scaling.get(name) for name in names}
+        original = "original_max_position_embeddings"
+        _check_sizes({f"rope_scaling.{original}": scaling.get(original)})
+    for name, value in fields.items():
+        if type(value) not in (int, float) or not 1 <= value <= _MOST_ROPE:
+            raise ExportError(
+                f"config.json: {name} is {_short(value)}, must be a number of at least 1"
+            )
+    if len(fields) > 1 and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ExportError("config.json: rope_scaling.high_freq_factor must be above the low one")
 
 
 def _short(value: Any) -> str:

@@ -100,8 +100,10 @@ class Cascade:
 
     async def _judged(self, asked: _Asked) -> Judgement:
         policy, terms = asked.policy, asked.policy.cascade
-        if terms is None or self._second is None:
+        if terms is None:
             return await self._by_first(asked)
+        if self._second is None:
+            raise PolicyNotSupported(self._unserved(policy))
         if not policy.judged(direction_of(asked.conversation)):
             return _told(await self._by_first(asked), FIRST, Why.POLICY_IS_OFF)
         began = time.perf_counter()

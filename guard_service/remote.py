@@ -131,9 +131,8 @@ def _judgement(
     built = _built(verdict, conversation)
     unscannable = not all(part.judged for part in built.parts)
     scores = {one.code: one.score for one in verdict.categories}
-    if [*scores] != [category.code for category in policy.judged(built.direction)]:
-        raise ValueError("its categories are not the policy's")
     assessment = Assessment(verdict.unsafe_score, scores)
+    # Every category of the policy must have a score; others count for nothing.
     decision = decide(policy, assessment, built.direction, language, unscannable)
     if _told(decision) != (verdict.action, verdict.shadow_action):
         raise ValueError("its scores do not lead to its action")
@@ -156,7 +155,11 @@ def _judgement(
         inference_s=seconds(timing.inference),
         computed_tokens=min(timing.computed_tokens, MOST_TOKENS),
         cached_tokens=min(timing.cached_tokens, MOST_TOKENS),
-        unknown_categories=tuple(c for c in verdict.coverage.unknown_categories if c in scores),
+        unknown_categories=tuple(
+            one.code
+            for one in policy.judged(built.direction)
+            if one.code in verdict.coverage.unknown_categories
+        ),
         found=(decision,),
         conversation=_as_judged(conversation, reply.images, built.parts),
         images_s=seconds(timing.images),

@@ -105,9 +105,7 @@ class SecondGuard:
         assert policy.cascade is not None
         began = self._clock()
         try:
-            judgement = await self._guard.judge(
-                conversation, policy.as_second(), language, limit_s, no_cache
-            )
+            judgement = await self._guard.judge(conversation, policy, language, limit_s, no_cache)
         except (NotReady, ShuttingDown):
             self._did_not_answer()
             raise

@@ -17,7 +17,7 @@ from guard_service.evaluation.cascade import Fit, Point, fit_band
 from guard_service.evaluation.figures import wilson
 from guard_service.evaluation.report import digest, labels_of, write_new
 from guard_service.evaluation.rows import DataError, LabelledRow, data_files, read_rows
-from guard_service.evaluation.scores import read_scores
+from guard_service.evaluation.scores import Scores, read_scores
 from guard_service.terminal import printable
 
 FORMAT = "guard-cascade/1"
@@ -56,6 +56,7 @@ def fitted(what: What) -> dict[str, Any]:
     ValueError for rows that no band can be fitted to."""
     rows = [row for row, _ in read_rows(data_files(what.data), what.split)]
     first, second = read_scores(what.first, rows), read_scores(what.second, rows)
+    _check_judges(what, first, second)
     both = [at for at in first.judged() if at not in second.failures]
     kept = [rows[at] for at in both]
     first, second = first.take(both), second.take(both)
@@ -76,6 +77,15 @@ def fitted(what: What) -> dict[str, Any]:
         "tolerance": what.tolerance,
         **_told(fit, kept),
     }
+
+
+def _check_judges(what: What, first: Scores, second: Scores) -> None:
+    """Raise DataError unless each file is of one guard, and both guards judged by one policy."""
+    for path, scores in ((what.first, first), (what.second, second)):
+        if len(scores.judges) > 1:
+            raise DataError(f"{path}: is of several guards; judge the rows with one alone")
+    if len({judge["policy_digest"] for one in (first, second) for judge in one.judges}) > 1:
+        raise DataError("the guards judged by different policies; judge the rows again by one")
 
 
 def _told(fit: Fit, rows: list[LabelledRow]) -> dict[str, Any]:

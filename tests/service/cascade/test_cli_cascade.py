@@ -27,8 +27,8 @@ def write(path: Path, lines: list[dict[str, object]]) -> str:
     return str(path)
 
 
-def scored(path: Path, model: str, scores: list[float | None]) -> str:
-    judge = {"model": model, "model_digest": "1", "policy": "p@1", "policy_digest": "2"}
+def scored(path: Path, model: str, scores: list[float | None], policy: str = "2") -> str:
+    judge = {"model": model, "model_digest": "1", "policy": "p@1", "policy_digest": policy}
     return write(
         path,
         [
@@ -102,6 +102,17 @@ def test_files_of_other_rows_are_refused(files: list[str], tmp_path: Path) -> No
     scored(tmp_path / "second.jsonl", "large", [0.1] * 5)
     result = RUN.invoke(app, ["cascade", *files])
     assert result.exit_code == 2 and "it holds 5 of 6 rows" in result.stderr
+
+
+def test_guards_are_compared_under_one_policy_and_alone(files: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "second.jsonl"
+    sound = path.read_text()
+    scored(path, "large", [second for *_, second in ROWS], policy="3")
+    result = RUN.invoke(app, ["cascade", *files])
+    assert result.exit_code == 2 and "different policies" in result.stderr
+    path.write_text(sound.replace('"large"', '"small"', 1))
+    result = RUN.invoke(app, ["cascade", *files])
+    assert result.exit_code == 2 and "second.jsonl: is of several guards" in result.stderr
 
 
 def test_a_report_is_not_written_over(files: list[str], tmp_path: Path) -> None:

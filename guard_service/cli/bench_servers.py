@@ -20,7 +20,7 @@ from guard_service.cli.bench_http import Connection
 from guard_service.cli.bench_middleware_app import PLAIN
 
 APPS = "guard_service.cli.bench_middleware_app"
-START_S = 60.0
+START_S = 180.0
 STOP_S = 10.0
 BARE, GUARDED, STARTER = "bare", "middleware", "middleware, starter guard"
 SIDECAR, SIDECAR_GRPC = "sidecar", "sidecar, guard over gRPC"

@@ -36,14 +36,14 @@ def parse(data: bytes, bounds: Bounds = BOUNDS, *, folded: bool = False) -> Json
     twice, NaN and infinities, lone surrogates, too deep nesting, too many values. With `folded`
     keys that differ in case only count as the same one, as some backends take them.
     """
-    hook = _folded if folded else _object
+    decoder = _FOLDED if folded else _EXACT
     if sum(map(data.count, _STRUCTURE)) > bounds.items:
         raise Malformed(f"has more than {bounds.items} values")
     try:
         text = data.decode()
         if text.startswith("\ufeff"):
             raise Malformed("begins with a byte order mark")
-        value: Json = json.loads(text, object_pairs_hook=hook, parse_constant=_no_constant)
+        value: Json = decoder.decode(text)
         if _SURROGATE.search(data):
             dump(value)
     except Malformed:
@@ -62,8 +62,7 @@ def parse(data: bytes, bounds: Bounds = BOUNDS, *, folded: bool = False) -> Json
 def dump(value: Json) -> bytes:
     """UTF-8, compact. Raises Malformed for lone surrogates and for numbers beyond a double."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode()
+        return _ENCODER.encode(value).encode()
     except UnicodeEncodeError:
         raise Malformed("holds a lone surrogate") from None
     except ValueError:
@@ -85,6 +84,12 @@ def _folded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise Malformed(f"holds {name}, which is no JSON")
+
+
+# Made once: `json` makes one anew for every call that has options.
+_EXACT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_FOLDED = json.JSONDecoder(object_pairs_hook=_folded, parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _check_depth(value: Json, most: int) -> None:

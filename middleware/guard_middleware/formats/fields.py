@@ -31,11 +31,9 @@ def obj(value: object, place: str, known: Collection[str] = ()) -> dict[str, Any
     """
     if not isinstance(value, dict):
         raise Unreadable(f"{place} is not an object")
-    if known:
-        folded = {name.casefold() for name in known}
-        for key in value:
-            if key not in known and key.casefold() in folded:
-                raise Unreadable(f"{place} has a key that is a known one in another case")
+    strange = {key.casefold() for key in value if key not in known} if known else None
+    if strange and not strange.isdisjoint({name.casefold() for name in known}):
+        raise Unreadable(f"{place} has a key that is a known one in another case")
     return value
 
 

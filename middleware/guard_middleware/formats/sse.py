@@ -12,7 +12,7 @@ from guard_middleware.formats.contract import Event, Unreadable
 MAX_EVENT_BYTES = 4 * 2**20
 KEEP_ALIVE = b":\n\n"
 
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+_ENDS = (b"\n", b"\r\n", b"\r")
 _NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
@@ -34,44 +34,42 @@ class Framer:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._most = max_event_bytes
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytes] = []
-        self._ends: list[bytes] = []
         self._size = 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that are complete with this data. Raises Unreadable for one too large."""
-        searched = max(0, len(self._buffer) - 1)
+        ends = b"\n" in data or b"\r" in data or self._buffer.endswith(b"\r")
         self._buffer += data
-        start = 0
-        while match := _LINE_END.search(self._buffer, max(start, searched)):
-            if match[0] == b"\r" and match.end() == len(self._buffer):
-                break  # half of a \r\n, perhaps
-            line = bytes(self._buffer[start : match.start()])
-            start = match.end()
-            yield from self._line(line, match[0])
-        del self._buffer[:start]
+        if ends:
+            lines = bytes(self._buffer).splitlines(keepends=True)
+            self._buffer.clear()
+            if not lines[-1].endswith(b"\n"):  # also behind \r, which may be half of a \r\n
+                self._buffer += lines.pop()
+            for line in lines:
+                if frame := self._line(line):
+                    yield frame
         self._check(len(self._buffer))
 
     def finish(self) -> Iterator[Frame]:
         """What the stream's end completes: servers forget the last empty line."""
-        rest = bytes(self._buffer)
+        rest = bytes(self._buffer).rstrip(b"\r")
         self._buffer.clear()
         if rest:
-            yield from self._line(rest.rstrip(b"\r"), b"\n")
-        if self._lines:
-            yield from self._line(b"", b"\n")
+            self._line(rest + b"\n")
+        if self._lines and (frame := self._line(b"\n")):
+            yield frame
 
-    def _line(self, line: bytes, end: bytes) -> Iterator[Frame]:
-        self._size += len(line) + len(end)
+    def _line(self, line: bytes) -> Frame | None:
+        """Take a line with its end; the frame that it completes."""
+        self._size += len(line)
         self._check(0)
-        if line:
+        if line not in _ENDS:
             self._lines.append(line)
-            self._ends.append(end)
-            return
-        if self._lines:
-            yield _frame(self._lines, self._ends, end)
-        self._lines, self._ends, self._size = [], [], 0
+            return None
+        lines, self._lines, self._size = self._lines, [], 0
+        return _frame(lines, line) if lines else None
 
     def _check(self, pending: int) -> None:
         if self._size + pending > self._most:
@@ -107,11 +105,11 @@ def event(data: bytes, name: str = "") -> bytes:
     return head + b"data: " + data + b"\n\n"
 
 
-def _frame(lines: list[bytes], ends: list[bytes], last_end: bytes) -> Frame:
+def _frame(lines: list[bytes], last_end: bytes) -> Frame:
     name, data = "", []
     kept: list[bytes] = []
-    for line, end in zip(lines, ends, strict=True):
-        field, _, value = line.partition(b":")
+    for line in lines:
+        field, _, value = line.rstrip(b"\r\n").partition(b":")
         value = value.removeprefix(b" ")
         if field == b"data":
             data.append(value)
@@ -119,7 +117,7 @@ def _frame(lines: list[bytes], ends: list[bytes], last_end: bytes) -> Frame:
             name = _plain_name(value)
         else:
             continue
-        kept += (line, end)
+        kept.append(line)
     raw = b"".join(kept) + last_end if kept else KEEP_ALIVE
     return Frame(raw, name, b"\n".join(data) if data else None)
 

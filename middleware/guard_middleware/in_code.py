@@ -84,7 +84,8 @@ def _wrapped(backend: Any, judges: Judges) -> Any:
             },
         )
     if isinstance(backend, type) or not callable(backend):
-        raise TypeError(f"{_described(backend)} is neither a function nor a backend that is known")
+        kind = type(backend).__name__
+        raise TypeError(f"what is of type {kind} is neither a function nor a backend that is known")
     own = own_call(backend)
     streams = inspect.isgeneratorfunction(own) or inspect.isasyncgenfunction(own)
     shape = Function(Arguments(backend).first, streams)
@@ -94,12 +95,11 @@ def _wrapped(backend: Any, judges: Judges) -> Any:
 def _known(kind: type) -> tuple[str, bool, Mapping[str, Shape]] | None:
     """Name, whether its methods are awaited, and these. Raises TypeError for another class of a
     library that is known."""
-    for one in kind.__mro__:
-        root = one.__module__.partition(".")[0]
-        if (root, one.__name__) in _CLASSES:
-            awaited, methods = _CLASSES[root, one.__name__]
-            return one.__name__, awaited, methods
-    if kind.__module__.partition(".")[0] in {root for root, _ in _CLASSES}:
+    named = [(one.__module__.partition(".")[0], one.__name__) for one in kind.__mro__]
+    for one in named:
+        if one in _CLASSES:
+            return one[1], *_CLASSES[one]
+    if {root for root, _ in named} & {root for root, _ in _CLASSES}:
         raise TypeError(f"a {kind.__name__} of {kind.__module__} cannot be screened")
     return None
 
@@ -110,10 +110,6 @@ def _at(backend: Any, path: str) -> Any:
         if path == "__call__"
         else functools.reduce(getattr, path.split("."), backend)
     )
-
-
-def _described(value: object) -> str:
-    return f"what is of type {type(value).__name__}"
 
 
 def _let_go(guard: Guard) -> None:

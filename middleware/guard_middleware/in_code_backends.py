@@ -52,7 +52,9 @@ class Arguments:
                 found[name] = value
         if past := _ROUND & found.keys():
             raise TypeError(f"{min(past)} would go past the guard, and is not let through")
-        held = {name: found.pop(name) for name in _NO_TEXT & found.keys()}
+        held = {
+            name: found.pop(name) for name in _NO_TEXT & found.keys() if not _is_plain(found[name])
+        }
         return parse(dump(read_json(found, "the arguments"))), held  # type: ignore[return-value]
 
     def call(self, target: Callable[..., Any], given: Given, held: Mapping[str, Any]) -> Any:
@@ -60,6 +62,14 @@ class Arguments:
         named = {**given, **held}
         placed = [named.pop(name) for name in self._by_place if name in named]
         return target(*placed, **named)
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        read_json(value, "")
+    except TypeError:
+        return False
+    return True
 
 
 class Backend:

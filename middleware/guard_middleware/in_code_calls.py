@@ -169,7 +169,7 @@ class Call:
         try:
             LOOP.post(self._screen.add, self.event(chunk))
         except (Unreadable, Malformed) as wrong:
-            self.unreadable(wrong)
+            LOOP.post(self.unreadable, wrong)
         return self._released()
 
     @property

@@ -278,7 +278,7 @@ def test_other_arguments_of_a_function_are_judged(context: Any) -> None:
 
     for trust in ("judge", "trust"):
         call = screened(answer, system_turns=trust)
-        assert call("Hi", context) == call("Hi", other=context) == NO and asked == []
+        assert call("Hi", context) == call("Hi", tokenizer=context) == NO and asked == []
     assert call("Hi", context="tea", more=1) == "Hello."
 
 
@@ -543,6 +543,7 @@ def test_function_that_gives_a_generator_is_told_to_be_one() -> None:
 
 def test_reply_that_cannot_be_read_is_a_refusal() -> None:
     assert screened(lambda prompt: "\ud800")("Hi") == NO
+    assert list(screened(Model("\ud800").stream)("Hi")) == [NO]
 
 
 # Callables of every kind.

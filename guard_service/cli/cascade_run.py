@@ -109,7 +109,10 @@ def _told(fit: Fit, rows: list[LabelledRow]) -> dict[str, Any]:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """The guards alone and together, what other bands buy, and the piece for the policy."""
+    """The guards alone and together, what other bands buy, and the piece for the policy.
+
+    `agree` is the share of rows with the second guard's verdict.
+    """
     to = Console(highlight=False, markup=False)
     data = report["data"]
     without = data["not_judged"]
@@ -129,32 +132,33 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def _alone_and_together(report: Mapping[str, Any]) -> Table:
-    table = _table("", "sent up", "recall", "95 %", "FPR", "95 %", "as the second")
+    title = f"Alone and together, band {_band(report['cascade'])}"
+    table = _table(title, "sent up", "recall", "95 %", "FPR", "95 %", "agree")
     for name in ("first", "second", "cascade"):
         point = report[name]
         table.add_row(
-            f"{name} alone" if name != "cascade" else f"band {_band(point)}",
+            name,
             f"{point['sent']:.1%}",
             f"{point['recall']:.3f}",
             _range(point, "recall"),
             f"{point['fpr']:.3f}",
             _range(point, "fpr"),
-            f"{point['agreement']:.1%}",
+            f"{point['agreement']:.3f}",
         )
     return table
 
 
 def _curve(points: list[Mapping[str, Any]]) -> Table:
-    table = _table("What bands buy", "sent up", "recall", "FPR", "as the second")
+    table = _table("What bands buy", "sent up", "recall", "FPR", "agree")
     for point in points:
-        figures = (f"{point['recall']:.3f}", f"{point['fpr']:.3f}", f"{point['agreement']:.1%}")
+        figures = (f"{point['recall']:.3f}", f"{point['fpr']:.3f}", f"{point['agreement']:.3f}")
         table.add_row(_band(point), f"{point['sent']:.1%}", *figures)
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from guard_service.evaluation.figures import Bools, Floats, Ints
 
 _EDGES = 300  # of bands that are tried; 45,000 bands
-_POINTS = 40  # of the curve that are told
+_POINTS = 20  # of the curve that are told
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,10 @@ class DecoderProcess:
         if self._popen.returncode is None:  # else its number may be another's by now
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
+        # Its orphan is ours where nobody stands above us, as in a container.
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self._popen.pid, 0)
         self._control.close()
 
     def _ended(self, deadline: float) -> bool:

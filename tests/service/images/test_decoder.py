@@ -6,6 +6,8 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,35 @@ from tests.service.images.drawing import BLUE, RED, drawn
 BEGIN = "import sys; sys.path[:] = {}; from guard_service.images import worker; "
 RUN = "; worker.main({}, {})"
 DIES = BEGIN + "import os; worker.probe = lambda *_: os.kill(os.getpid(), 11)" + RUN
+HANGS = BEGIN + "import time; worker.probe = lambda *_: time.sleep(60)" + RUN
+# Orphans become its children, as those of the first process of a container do.
+ADOPTS = f"""
+import ctypes, os, pathlib, signal, threading
+from guard_service.images import process
+from guard_service.images.reasons import Refused
+
+process.CODE = {HANGS!r}
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
+one = process.DecoderProcess(1000, 3.0)
+pid = one._popen.pid
+
+def decode():
+    try:
+        one.decode(b"x")
+    except Refused as refused:
+        print(refused)
+
+decoding = threading.Thread(target=decode)
+decoding.start()
+while decoding.is_alive() and not pathlib.Path(f"/proc/{{pid}}/task/{{pid}}/children").read_text():
+    pass
+os.kill(pid, signal.SIGSTOP)  # it does not get to see its child die
+decoding.join()
+try:
+    print(os.waitid(os.P_PGID, pid, os.WEXITED))
+except ChildProcessError:
+    print("none is left")
+"""
 TRIES = """
 import sys; sys.path[:] = {}
 import os, socket
@@ -99,6 +130,13 @@ async def test_a_process_that_hangs_is_killed_and_replaced(decoders: list[Decode
     assert await reason(decoding, drawn()) is Reason.TOO_COSTLY
     assert not Path(f"/proc/{hanging}").exists()
     assert (await decoding.decode(drawn())).frames == 1
+
+
+def test_a_child_that_hangs_leaves_no_zombie() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, "-c", ADOPTS]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.stdout == "IMAGE_TOO_COSTLY\nnone is left\n", done.stderr
 
 
 async def test_a_process_that_is_killed_is_replaced(decoders: list[Decoder]) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
 from guard_policies.assessment import Assessment
-from guard_service.artifact import MANIFEST_FILE, load
+from guard_service.artifact import MANIFEST_FILE, STARTER, load_named
 from guard_service.engines.plans import STORED
 from guard_service.prompt import Prompt, PromptBuilder
 
-STARTER = "starter"
 FAKE = "fake"
 FAKE_VISION = "fake-vision"
 SESSION_BYTES = 512 * 2**20  # at the size of a 1B guard, 10,000 tokens
@@ -162,16 +160,9 @@ def open_engine(
         )
     from guard_service.engines.choosing import open_artifact  # heavy, needed by this choice only
 
-    def opened(artifact: Path) -> Engine:
-        return open_artifact(
-            load(artifact), threads, prefix_cache, session_bytes, plan, lanes, prepared, device
-        )
-
-    if model == STARTER:
-        starter = resources.files("guard_service") / "models" / STARTER
-        with resources.as_file(starter) as unpacked:
-            return opened(unpacked)
-    return opened(folder)
+    return open_artifact(
+        load_named(model), threads, prefix_cache, session_bytes, plan, lanes, prepared, device
+    )
 
 
 def _checkpoints() -> Callable[..., Engine]:

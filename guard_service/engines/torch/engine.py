@@ -122,6 +122,7 @@ class TorchEngine(Engine):
         self._head = self._decoder.rows_of_head(reading.verdict.head)
         self._tiler = Tiler(geometry) if geometry.vision is not None else None
         self._nothing = TensorSnapshot((), self._decoder.nothing)
+        self._keeps_prefixes = prefix_bytes > 0
         self._prefixes = Snapshots[Snapshot](prefix_bytes)
         self._images = Snapshots[Any](image_cache_bytes)  # sights by digest, prefixes by their ids
         self._sessions = Snapshots[Snapshot](session_bytes)
@@ -230,12 +231,13 @@ class TorchEngine(Engine):
             if known is None:
                 results[at] = self._single(waiting.pop(at)).assessed
                 continue
-            rows = {at: self._row(prompt, len(prefix)) for at, prompt in waiting.items()}
+            kept = len(known.ids)
+            rows = {at: self._row(prompt, kept) for at, prompt in waiting.items()}
             for batch in alike(rows):
                 found = self._run([rows[at] for at in batch], known, sight)
                 for at, logits in zip(batch, found, strict=True):
                     assessment = self._assessment(waiting[at], logits)
-                    results[at] = Assessed(assessment, len(rows[at]), len(prefix))
+                    results[at] = Assessed(assessment, len(rows[at]), kept)
             break
         return results
 
@@ -300,7 +302,7 @@ class TorchEngine(Engine):
         self, prompt: Prompt, prefix: tuple[int, ...], sight: Sight | None
     ) -> Snapshot | None:
         if prompt.image is None:
-            return self._prefixes.get(prefix)
+            return self._prefixes.get(prefix) if self._keeps_prefixes else self._nothing
         return self._images.get(prefix) if sight is not None else None
 
     def _sight_of(self, prompt: Prompt) -> Sight | None:

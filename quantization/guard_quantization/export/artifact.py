@@ -22,8 +22,10 @@ from guard_quantization.export.decoder import (
 )
 from guard_quantization.folders import check_room
 from guard_service.artifact import TOKENIZER_FILE, Artifact, fresh_folder, load, seal
+from guard_service.engines import scoring
 from guard_service.engines.onnx import OnnxEngine
 from guard_service.manifest import Calibration, Geometry, Manifest, Quantization, Verdict
+from guard_service.tokenizer import TokenizerError
 
 Turns = tuple[tuple[str, str], ...]
 _SCHEME = {32: "fp32", 8: "int8", 4: "int4"}
@@ -63,34 +65,11 @@ class Release:
 
 
 def verdict_tokens(tokenizer: Tokenizer, codes: Sequence[str]) -> Verdict:
-    """The tokens that verdicts over these codes are made of; `head` is in a fixed order.
-
-    Raises ExportError when a verdict's words are not one token each.
-    """
-
-    def single(text: str) -> int:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) != 1:
-            raise ExportError(f"the tokenizer has no single token for {text!r}")
-        return int(ids[0])
-
-    numbers = {code: single(code[1:]) for code in codes}
-    words = {text: single(text) for text in ("safe", "unsafe", "\n", "\n\n", "S", ",S")}
-    for code, number in numbers.items():
-        whole = tokenizer.encode(f"unsafe\n{code}", add_special_tokens=False).ids
-        if whole != [words["unsafe"], words["\n"], words["S"], number]:
-            raise ExportError(f"the tokenizer does not read a verdict of {code} as four tokens")
-    end = tokenizer.token_to_id("<|eot_id|>")
-    if end is None:
-        raise ExportError("the tokenizer has no <|eot_id|>")
-    return Verdict(
-        head=(*words.values(), *numbers.values(), end),
-        safe=words["safe"],
-        unsafe=words["unsafe"],
-        newline=words["\n"],
-        mark=words["S"],
-        codes=numbers,
-    )
+    """As `scoring.verdict_tokens`; raises ExportError."""
+    try:
+        return scoring.verdict_tokens(tokenizer, codes)
+    except TokenizerError as error:
+        raise ExportError(str(error)) from error
 
 
 def make_artifact(

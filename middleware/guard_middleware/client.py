@@ -190,8 +190,7 @@ class GuardClient:
         )
         with watch.over(call):
             try:
-                for reply in call:
-                    watch.hears(reply)
+                for reply in watch.replies(call):
                     self._breaker.settle(None)
                     yield reader.read(reply)
                 reader.finish()

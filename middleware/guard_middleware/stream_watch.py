@@ -17,7 +17,8 @@ from guard_middleware.errors import DeadlineExceeded
 
 
 class Owed:
-    """What a stream's guard owes. `clock` is monotonic, in seconds."""
+    """What a stream's guard owes a reader who waits: a caller who takes his time between two
+    outcomes does not make the guard late. `clock` is monotonic, in seconds."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_s = timeout_s
@@ -26,6 +27,7 @@ class Owed:
         self._asked = -1  # up to where a verdict is wanted
         self._covered = -1
         self._since = 0.0
+        self._waits = False
 
     def sends(self, piece: guard_pb2.StreamPiece) -> None:
         """A step is about to be written."""
@@ -36,15 +38,19 @@ class Owed:
             # The end is answered even when nothing was said since the last verdict.
             self._asked = self._sent + piece.end
 
+    def waits(self) -> None:
+        """The reader waits for the next reply from now on."""
+        self._waits, self._since = True, self._clock()
+
     def hears(self, reply: guard_pb2.ClassifyStreamResponse) -> None:
-        """A reply has come."""
-        self._covered = reply.covered_chars + reply.final
-        self._since = self._clock()
+        """It has come."""
+        self._waits, self._covered = False, reply.covered_chars + reply.final
 
     @property
     def due(self) -> float | None:
         """When the verdict that is owed is late; None while none is."""
-        return self._since + self._timeout_s if self._asked > self._covered else None
+        owes = self._waits and self._asked > self._covered
+        return self._since + self._timeout_s if owes else None
 
 
 class Watch:
@@ -62,6 +68,7 @@ class Watch:
 
     async def read(self, call: Any) -> guard_pb2.ClassifyStreamResponse | None:
         """The next reply, None at the end. Raises DeadlineExceeded."""
+        self._owed.waits()
         try:
             async with asyncio.timeout_at(self._owed.due) as self._limit:
                 reply = await call.read()
@@ -91,11 +98,20 @@ class ThreadWatch:
             self._owed.sends(piece)
             self._changed.notify()
 
-    def hears(self, reply: guard_pb2.ClassifyStreamResponse) -> None:
-        """A reply has come."""
-        with self._changed:
-            self._owed.hears(reply)
-            self._changed.notify()
+    def replies(
+        self, call: Iterator[guard_pb2.ClassifyStreamResponse]
+    ) -> Iterator[guard_pb2.ClassifyStreamResponse]:
+        """The replies of the call."""
+        while True:
+            with self._changed:
+                self._owed.waits()
+                self._changed.notify()
+            reply = next(call, None)
+            if reply is None:
+                return
+            with self._changed:
+                self._owed.hears(reply)
+            yield reply
 
     @contextmanager
     def over(self, call: grpc.Call) -> Iterator[None]:

@@ -38,6 +38,7 @@ def covers(chars: int, final: bool = False) -> guard_pb2.ClassifyStreamResponse:
 def test_a_verdict_is_owed_from_when_it_was_asked_for_until_it_covers_that() -> None:
     clock = Clock()
     owed = Owed(5.0, clock)
+    owed.waits()
     owed.sends(piece("abc"))
     assert owed.due is None
     clock.now_s = 101.0
@@ -47,9 +48,21 @@ def test_a_verdict_is_owed_from_when_it_was_asked_for_until_it_covers_that() -> 
     assert owed.due == 106.0  # the first that is owed counts
     clock.now_s = 103.0
     owed.hears(covers(4))
+    owed.waits()
     assert owed.due == 108.0  # each answer shows that the guard lives
     owed.hears(covers(5))
+    owed.waits()
     assert owed.due is None
+
+
+def test_a_guard_is_not_late_while_nobody_waits_for_it() -> None:
+    clock = Clock()
+    owed = Owed(5.0, clock)
+    owed.sends(piece("abc", check=True))
+    clock.now_s = 120.0
+    assert owed.due is None
+    owed.waits()
+    assert owed.due == 125.0
 
 
 def test_the_last_verdict_is_owed_even_where_nothing_was_said_since() -> None:
@@ -57,6 +70,7 @@ def test_the_last_verdict_is_owed_even_where_nothing_was_said_since() -> None:
     owed = Owed(5.0, clock)
     owed.sends(piece("abc", check=True))
     owed.hears(covers(3))
+    owed.waits()
     assert owed.due is None
     owed.sends(piece("", end=True))
     assert owed.due == 105.0

@@ -493,8 +493,8 @@ async def test_models_are_listed_untouched() -> None:
     assert guard.asked == [] and backend.scopes[0]["path"] == "/api/tags"
 
 
-async def test_other_routes_that_write_or_read_texts_are_refused() -> None:
+async def test_routes_that_change_the_server_are_refused() -> None:
     backend = Backend([b"{}"])
-    for path in ("/api/embed", "/api/create", "/api/pull"):
+    for path in ("/api/push", "/api/create", "/api/pull", "/api/copy"):
         assert (await call(wrapped(backend), path, {})).status == 403
     assert backend.bodies == []

@@ -18,7 +18,7 @@ WIRE_TESTS := tests/middleware/test_client.py tests/middleware/test_async_client
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test install lint format format-check types check proto proto-check \
-  test-protobuf test-transformers5 bench clean
+  test-protobuf test-transformers bench clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,7 +58,7 @@ proto-check: $(GENERATED) ## fail if the committed code of proto/ is stale
 test-protobuf: $(OLDEST_VENV)/.made ## run the wire's tests on the oldest protobuf and grpcio (make test: on the newest)
 	$(OLDEST_VENV)/bin/python -m pytest -q $(WIRE_TESTS)
 
-test-transformers5: $(NEXT_VENV)/.made ## run the torch engine's tests on transformers 5 (make test: on 4.57)
+test-transformers: $(NEXT_VENV)/.made ## run the torch engine's tests on transformers 5 (make test: on 4.57)
 	$(NEXT_VENV)/bin/python -m pytest -q tests/service/torch
 
 bench: $(VENV)/.base ## measure the starter guard here: latency, verdicts a second, what the service adds

@@ -84,7 +84,7 @@ async def test_other_paths_pass_untouched() -> None:
 
 async def test_unknown_guarded_path_is_refused() -> None:
     backend = Backend([b"{}"])
-    got = await call(wrapped(backend), "/v1/embeddings", {"input": "x"})
+    got = await call(wrapped(backend), "/v1/unknown", {"input": "x"})
     assert got.status == 403 and backend.bodies == []
 
 

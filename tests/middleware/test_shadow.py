@@ -89,7 +89,7 @@ async def test_what_no_format_can_read_passes_and_is_counted(body: bytes) -> Non
 
 async def test_unknown_guarded_path_passes_and_is_counted() -> None:
     shadowed = Shadowed(Backend([b"ok"], "text/plain"))
-    assert (await call(shadowed.app, "/v1/embeddings", {"input": "x"})).body == b"ok"
+    assert (await call(shadowed.app, "/v1/unknown", {"input": "x"})).body == b"ok"
     assert shadowed.registry.get_sample_value("guard_middleware_refused_total") == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -12,9 +13,16 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from guard_service.cli import exits
+from guard_service.cli import bench_streams, exits
 from guard_service.cli.bench_http import Connection, Got
-from guard_service.cli.bench_middleware_app import CHAT, PLAIN, chunks, whole_reply
+from guard_service.cli.bench_middleware_app import (
+    CHAT,
+    PLAIN,
+    question,
+    stream_body,
+    whole_reply,
+)
+from guard_service.cli.bench_middleware_table import show
 from guard_service.cli.bench_servers import BARE, STARTER, Server, servers
 
 _PIECES = 60  # of a reply that is not streamed
@@ -41,9 +49,7 @@ Measure = Callable[[Plan, Server], Awaitable[Figures]]
 
 def run(plan: Plan, as_json: bool) -> int:
     """Measure and report; the exit code is 1 when a reply was not what the backend said."""
-    from guard_service.cli import bench_streams
-    from guard_service.cli.bench_middleware_table import show
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers must not outlive us
     try:
         with servers() as everyone:
             turns = asyncio.run(_turns(plan, everyone))
@@ -162,26 +168,6 @@ async def first(plan: Plan, server: Server) -> Figures:
 
 
 MEASURES: tuple[Measure, ...] = (whole, plain, crowd, stream, paced, first)
-
-_question = 0
-
-
-def question(pieces: int, streamed: bool) -> bytes:
-    """A request for so many pieces; no two have the same text."""
-    global _question
-    _question += 1
-    turns = [
-        {"role": "system", "content": "You are a helpful assistant. Answer in one paragraph."},
-        {"role": "user", "content": f"How does a heat pump warm a house? ({_question})"},
-    ]
-    return json.dumps(
-        {"model": "bench", "messages": turns, "max_tokens": pieces, "stream": streamed}
-    ).encode()
-
-
-def stream_body(pieces: int) -> bytes:
-    """What a client of a stream is to get."""
-    return b"".join(chunks(pieces)) + b"data: [DONE]\n\n"
 
 
 async def _asked(connection: Connection, target: str, pieces: int) -> Got:

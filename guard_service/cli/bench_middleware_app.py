@@ -5,6 +5,7 @@ behind each other. Served by `python -m uvicorn`; the sidecar by `python -m` thi
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
@@ -26,6 +27,7 @@ PLAIN = "/plain"  # a route that no rule guards
 GO_ON = "/go-on"  # lets the streams that wait go on
 GAUGE = "/gauge"  # what is open
 WORDS = "A moderate answer of a model, "  # of 6 pieces
+_DONE = b"data: [DONE]\n\n"
 _HEAD = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": "bench"}
 
 
@@ -92,7 +94,7 @@ class Backend:
             if pause_s:
                 await asyncio.sleep(pause_s)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await send({"type": "http.response.body", "body": _DONE})
 
 
 class AllowsAtOnce:
@@ -144,6 +146,20 @@ def guarded_by_starter() -> GuardMiddleware:
     return GuardMiddleware(Backend(), settings=Settings())
 
 
+def question(pieces: int, streamed: bool) -> bytes:
+    """A request for so many pieces; no two have the same text."""
+    turns = [
+        {"role": "system", "content": "You are a helpful assistant. Answer in one paragraph."},
+        {"role": "user", "content": f"How does a heat pump warm a house? ({next(_NUMBERS)})"},
+    ]
+    return json.dumps(
+        {"model": "bench", "messages": turns, "max_tokens": pieces, "stream": streamed}
+    ).encode()
+
+
+_NUMBERS = itertools.count(1)
+
+
 def whole_reply(pieces: int) -> bytes:
     """The reply that is not streamed."""
     said = "".join(_pieces(pieces))
@@ -166,6 +182,11 @@ def chunks(pieces: int) -> Iterator[bytes]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         event = {**_HEAD, "object": "chat.completion.chunk", "choices": [choice]}
         yield b"data: " + json.dumps(event).encode() + b"\n\n"
+
+
+def stream_body(pieces: int) -> bytes:
+    """What the client of a stream is to get."""
+    return b"".join(chunks(pieces)) + _DONE
 
 
 def _pieces(number: int) -> Iterator[str]:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from guard_service.cli.bench_http import Connection
-from guard_service.cli.bench_middleware import question, stream_body
-from guard_service.cli.bench_middleware_app import CHAT, GAUGE, GO_ON
+from guard_service.cli.bench_middleware_app import CHAT, GAUGE, GO_ON, question, stream_body
 from guard_service.cli.bench_servers import BARE, SIDECAR, STARTER, Server, app, sidecar
 
 _PIECES, _PACED_PIECES = 100, 150

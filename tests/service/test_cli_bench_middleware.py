@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from guard_service.cli import bench_middleware, bench_streams
 from guard_service.cli.app import app
 from guard_service.cli.bench_http import Connection
-from guard_service.cli.bench_middleware import question, stream_body
 from guard_service.cli.bench_middleware_app import (
     CHAT,
     GAUGE,
@@ -19,6 +18,8 @@ from guard_service.cli.bench_middleware_app import (
     PLAIN,
     bare,
     guarded,
+    question,
+    stream_body,
     whole_reply,
 )
 from guard_service.cli.bench_middleware_table import show

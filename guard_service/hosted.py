@@ -64,9 +64,12 @@ class Hosted:
 
     async def start(self, policies: Iterable[Policy]) -> None:
         """Check the model against its golden prompts, then judge a greeting under a policy that it
-        serves, if there is one. Raises EngineFailed when it scores otherwise than recorded."""
+        serves, if there is one. Raises EngineFailed when it scores otherwise than recorded, and
+        NotAssessed when images cannot be decoded here."""
         self.batcher.start()
         await asyncio.to_thread(self._engine.self_test)
+        if self._images is not None:
+            await self._images.start()
         served = (one for one in policies if not unsupported(one, self._engine.card))
         if (policy := next(served, None)) is not None:
             await self.moderator.warm_up(policy)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from guard_service.images.fetch import Fetcher  # loaded where a policy has images fetched
 
 JUDGED = "JUDGED"
+PIXEL = b"GIF89a\1\0\1\0\x80\0\0" + bytes(6) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 READING = 16  # images at once, so that few bytes wait for a process that decodes
 _DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+=/-]*)*;base64,(?P<encoded>.*)", re.I | re.A | re.S)
 
@@ -59,6 +60,10 @@ class ImageReader:
     def held_bytes(self) -> int:
         """Bytes of all images that somebody still has."""
         return self._decoder.held_bytes
+
+    async def start(self) -> None:
+        """Start a process that decodes; raises NotAssessed, or Refused, when it does not work."""
+        await self._decoder.decode(PIXEL)
 
     async def ready(self, conversation: Conversation, uris: ImageUris) -> Conversation:
         """The conversation with a picture, or the reason why there is none, in every image.

@@ -78,7 +78,7 @@ worker.probe = tried
 worker.main({}, {})
 """
 LIES = {
-    "a view larger than may be": "[(5000, 5000, b'')]",
+    "a view larger than may be": "[(1025, 1024, bytes(1025 * 1024 * 3))]",
     "a view of no size": "[(0, 5, b'')]",
     "no view": "[]",
     "seven views": "[(1, 1, b'abc')] * 7",

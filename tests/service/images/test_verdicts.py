@@ -13,7 +13,8 @@ import pytest
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service.engines.fake import FakeEngine
-from guard_service.errors import PolicyNotSupported
+from guard_service.errors import NotAssessed, PolicyNotSupported
+from guard_service.images import process
 from guard_service.images.fetch import Fetcher
 from tests.service.asking import BOMB, Running, asked, message, piece, refused, start
 from tests.service.conftest import RunGuard
@@ -196,6 +197,14 @@ async def test_images_times_windows_are_bounded(run_seeing: Seeing) -> None:
     refusal = await refused(guard.stub.Classify(shown(drawn(), drawn(RED), text=long)))
     assert refusal.reason == "CONVERSATION_TOO_LONG"
     assert "10 runs of the model, over the limit of 8" in refusal.message
+
+
+async def test_a_guard_that_cannot_decode_does_not_start(
+    run_seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CODE", "{}{}{}; raise SystemExit")
+    with pytest.raises(NotAssessed, match="does not come up"):
+        await run_seeing()
 
 
 async def test_fetching_needs_its_packages(

@@ -22,7 +22,9 @@ def tiny_chat_model() -> tuple[Any, Any]:
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=bytes_,
+        model_input_names=["input_ids", "attention_mask"],
+        **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)

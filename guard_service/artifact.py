@@ -77,12 +77,16 @@ def load(folder: Path) -> Artifact:
     return Artifact(root, manifest, manifest.digest)
 
 
+def named_folder(model: str | Path) -> Path:
+    """A model's folder: the starter's by its name, any other as it is."""
+    if model != STARTER:
+        return Path(model)
+    return Path(str(resources.files("guard_service"))) / "models" / STARTER
+
+
 def load_named(model: str | Path) -> Artifact:
     """`load`, of the starter too, by its name."""
-    if model != STARTER:
-        return load(Path(model))
-    with resources.as_file(resources.files("guard_service") / "models" / STARTER) as folder:
-        return load(folder)
+    return load(named_folder(model))
 
 
 @contextmanager

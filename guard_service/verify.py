@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from guard_service import artifact
-from guard_service.artifact import MANIFEST_FILE, ArtifactError
-from guard_service.engines import STARTER, EngineFailed, open_engine
+from guard_service.artifact import MANIFEST_FILE, STARTER, ArtifactError, named_folder
+from guard_service.engines import EngineFailed, open_engine
 from guard_service.pulled import PULLED_FILE, PulledError, damage, read_pulled
 
 _MIB = 2**20
@@ -29,10 +28,8 @@ def main(argv: Sequence[str]) -> int:
         "folder", metavar="FOLDER", help=f"has {MANIFEST_FILE} or {PULLED_FILE} in it; or {STARTER}"
     )
     named = parser.parse_args(argv).folder
-    starter = Path(str(resources.files("guard_service"))) / "models" / STARTER
-    folder = starter if named == STARTER else Path(named)
     try:
-        lines = _verified(folder)
+        lines = _verified(named_folder(named))
     except (ArtifactError, EngineFailed, PulledError, OSError) as error:
         print(f"guard-service verify: {error}", file=sys.stderr)
         return 1

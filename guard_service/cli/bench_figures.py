@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from guard_service.artifact import Artifact
+from guard_service.artifact import Artifact, load_named
 from guard_service.cli.bench_contender import Contender
 from guard_service.cli.bench_machine import INT8, Machine, multiply_adds_per_token
-from guard_service.cli.bench_questions import Questions, open_artifact
+from guard_service.cli.bench_questions import Questions
 from guard_service.cli.peers import KINDS
 
 LENGTHS = (10, 40, 160, 640)
@@ -66,7 +66,7 @@ def figures(plan: Plan, tell: Tell = lambda line: None) -> dict[str, Any]:
     A peer that cannot take part, or ends, is reported as such and ends nothing. Raises ValueError,
     ArtifactError; RuntimeError when our own engine fails.
     """
-    artifact = open_artifact(plan.model)
+    artifact = load_named(plan.model)
     questions = Questions(artifact, plan.template)
     lengths = tuple(tokens for tokens in LENGTHS if tokens <= questions.window)
     everyone = contenders(plan)

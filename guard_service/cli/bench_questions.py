@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import resources
-from pathlib import Path
 
 from guard_policies.taxonomy import BY_CODE
-from guard_service.artifact import Artifact, load
+from guard_service.artifact import Artifact
 from guard_service.cli.bench_run import SENTENCES
 from guard_service.cli.peers import Question
 from guard_service.conversation import Conversation
-from guard_service.engines import STARTER
 from guard_service.prompt import Prompt, PromptBuilder
 from guard_service.tokenizer import load_tokenizer
 
 _LONGEST = 1200  # sentences in a long turn, at most: more tokens than any window that is measured
 _END = 2  # tokens of a turn's end that a shortened one keeps
 _ASKED = "Tell me about the weather in the mountains, and what to wear."
-
-
-def open_artifact(model: str) -> Artifact:
-    """The artifact that `open_engine` would load. Raises ArtifactError."""
-    if model != STARTER:
-        return load(Path(model))
-    with resources.as_file(resources.files("guard_service") / "models" / STARTER) as folder:
-        return load(folder)
 
 
 class Questions:

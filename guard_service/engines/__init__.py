@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from guard_policies.assessment import Assessment
-from guard_service.artifact import MANIFEST_FILE, STARTER, load_named
+from guard_service.artifact import MANIFEST_FILE, load_named
 from guard_service.engines.plans import STORED
 from guard_service.prompt import Prompt, PromptBuilder
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from guard_service.artifact import load_named
 from guard_service.cli.app import app
 from guard_service.cli.bench_contender import Contender
 from guard_service.cli.bench_figures import LENGTHS, Plan, contenders, figures
 from guard_service.cli.bench_machine import Machine, multiply_adds_per_token
-from guard_service.cli.bench_questions import Questions, open_artifact
+from guard_service.cli.bench_questions import Questions
 from guard_service.cli.bench_table import show_figures
 from guard_service.cli.peers import Answer, Question
 from guard_service.cli.peers.ours import Ours
@@ -28,7 +29,7 @@ RUN = CliRunner()
 
 @pytest.fixture(scope="module")
 def questions() -> Questions:
-    return Questions(open_artifact("starter"))
+    return Questions(load_named("starter"))
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +71,11 @@ def test_a_growing_reply_is_one_conversation_check_by_check(questions: Questions
 
 
 def test_another_template_takes_the_models_tokenizer() -> None:
-    own = Questions(open_artifact("starter"))
-    other = Questions(open_artifact("starter"), "llama-guard-3-1b")
+    own = Questions(load_named("starter"))
+    other = Questions(load_named("starter"), "llama-guard-3-1b")
     assert other.closing_tokens > own.closing_tokens
     with pytest.raises(ValueError, match="unknown template"):
-        Questions(open_artifact("starter"), "nonsense")
+        Questions(load_named("starter"), "nonsense")
 
 
 def test_multiply_adds_of_a_token_leave_out_what_the_last_layer_need_not_do() -> None:

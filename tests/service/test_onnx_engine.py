@@ -220,7 +220,7 @@ def test_snapshots_are_bounded_by_bytes_and_the_longest_unused_go() -> None:
     def snapshot(size: int) -> Snapshot:
         return Snapshot((1,), {"k": np.zeros(size // 4, np.float32)})
 
-    held = Snapshots(most_bytes=100)
+    held: Snapshots[Snapshot] = Snapshots(most_bytes=100)
     held.put((1,), snapshot(40))
     held.put((2,), snapshot(40))
     assert held.get((1,)) is not None
@@ -232,7 +232,7 @@ def test_snapshots_are_bounded_by_bytes_and_the_longest_unused_go() -> None:
 
 
 def test_snapshots_may_be_shared_between_threads() -> None:
-    held = Snapshots(most_bytes=1000)
+    held: Snapshots[Snapshot] = Snapshots(most_bytes=1000)
 
     def work(seed: int) -> None:
         for at in range(200):

@@ -314,5 +314,14 @@ def test_the_route_leads_to_the_guards_service_and_names_what_it_serves() -> Non
     assert names == [SERVICE, "grpc.health.v1.Health"]
 
 
+def test_a_guard_with_tls_is_not_announced_as_one_without() -> None:
+    plain, encrypted = (
+        named(f"scenarios/{scenario}", "Service", "guard")["spec"]["ports"][0]
+        for scenario in ("starter", "mtls-guard")
+    )
+    assert plain["appProtocol"] == "kubernetes.io/h2c"
+    assert encrypted["port"] == plain["port"] and "appProtocol" not in encrypted
+
+
 def test_clients_are_told_of_a_service_that_resolves_to_pods() -> None:
     assert named("scenarios/starter", "Service", "guard-pods")["spec"]["clusterIP"] == "None"

@@ -21,9 +21,9 @@ from guard_middleware.verdict import Outcome
 from guard_service.config import Settings as ServiceSettings
 from guard_service.images.fetch import Fetcher
 from guard_service.server import local_server
-from tests.middleware.asgi_calls import Backend, call, listening
-from tests.middleware.formats.openai_replies import reply
-from tests.middleware.wrapped import Wrapped
+from tests.middleware.asgi_calls import EVENTS, Backend, call, each, listening
+from tests.middleware.formats.openai_replies import chunks, reply
+from tests.middleware.wrapped import BAD, Wrapped
 from tests.service.images.drawing import BLUE, RED, drawn, encoded, image
 from tests.service.images.network import HOST, Network, http
 
@@ -176,6 +176,15 @@ def digests(outcome: Outcome) -> list[str]:
     assert outcome.judged
     found = [part.image_digest for part in outcome.coverage.parts if part.kind == "image"]
     return [one.removeprefix("sha256:") for one in found]
+
+
+async def test_a_streamed_reply_to_an_image_is_judged_beside_it(seeing_guard: str) -> None:
+    for said, passes in ("All is well. " * 20, True), ("All is well. " * 20 + BAD, False):
+        backend = Backend(each(chunks(said)), EVENTS)
+        app = Wrapped(backend, Recording(seeing_guard))
+        got = await call(app, "/v1/chat/completions", {**chat(SAFE), "stream": True})
+        assert (got.text() == said) is passes and BAD not in got.text()
+        await app.close()
 
 
 async def test_an_image_of_the_past_that_is_not_allowed_is_left_out_of_what_is_forwarded(

@@ -70,8 +70,8 @@ class Decoder:
         }
 
     def rows_of_head(self, tokens: Sequence[int]) -> Tensor:
-        """The output layer's rows of these tokens [tokens, hidden]."""
-        return self._head.weight[list(tokens)]
+        """The output layer's rows of these tokens [tokens, hidden], in float32."""
+        return self._head.weight[list(tokens)].float()
 
     def run(
         self, rows: Sequence[Sequence[int]], past: Past, sight: Sight | None = None
@@ -116,7 +116,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """Logits of the head's rows, in float32, on the CPU."""
-        return F.linear(hidden.to(head.device), head).float().cpu()
+        return F.linear(hidden.to(head.device).float(), head).cpu()
 
     def all_logits(self, hidden: Tensor) -> Tensor:
         """Logits of every token, in float32, on the CPU."""

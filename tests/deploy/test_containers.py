@@ -122,6 +122,15 @@ def test_extras_that_are_installed_are_declared() -> None:
     assert named and named <= PYPROJECT["project"]["optional-dependencies"].keys()
 
 
+def test_the_rehearsal_installs_what_the_images_have() -> None:
+    rehearsed = (DOCKERFILE.with_name("rehearse.sh")).read_text()
+    for target in IMAGES:
+        (installed,) = (rest for name, rest in stages()[f"{target}-packages"] if name == "RUN")
+        extras = installed.partition("*.whl)")[2].strip('"')
+        command = json.loads(last(target, "ENTRYPOINT"))[0]
+        assert f"{target}) extras='{extras}' command={command} ;;" in rehearsed
+
+
 def test_the_build_sees_what_the_wheel_is_made_of_and_little_else() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]

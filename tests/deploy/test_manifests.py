@@ -19,6 +19,7 @@ from guard_service.metrics import Metrics, Probes, application
 from tests.deploy.manifests import (
     BACKENDS,
     GUARDS,
+    KUBERNETES,
     ROOT,
     SCENARIOS,
     Object,
@@ -72,6 +73,13 @@ def probes(container: Object) -> Iterator[Object]:
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         if kind in container:
             yield container[kind]
+
+
+def test_every_scenario_is_tested_and_told_of() -> None:
+    folders = [*KUBERNETES.glob("scenarios/*"), *KUBERNETES.glob("models/llama-*")]
+    assert {str(folder.relative_to(KUBERNETES)) for folder in folders} == set(SCENARIOS)
+    readme = (ROOT / "deploy" / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in (*GUARDS, *BACKENDS))
 
 
 @pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
+from guard_service.templates import BY_NAME
 from guard_service.tokenizer import from_ranks
 from tests.quantization.verdict_tokenizer import verdict_ranks
 
@@ -27,9 +30,23 @@ ROPE = {
 }
 
 
+def _words() -> list[str]:
+    """Those of the templates, as the splitting rule of Llama 3 cuts them."""
+    templates = [BY_NAME[name] for name in ("llama-guard-3-11b-vision", "llama-guard-3-8b")]
+    pieces = [*templates[0].prefix("User", templates[1].wording), *templates[0].closing("User")]
+    text = "\n".join(piece for piece in pieces if isinstance(piece, str))
+    return sorted(set(re.findall(r" ?[A-Za-z]{3,}", text)) - {"safe", "unsafe", "User", "Agent"})
+
+
 def tokenizer(image: bool) -> Tokenizer:
-    """Bytes, the words of verdicts and the special tokens, the image's last."""
-    return from_ranks(verdict_ranks(), image=image)
+    """Bytes, the words of verdicts and templates, and the special tokens, the image's last."""
+    ranks = verdict_ranks()
+    first = len(ranks.splitlines())
+    more = (
+        b"\n%s %d" % (base64.b64encode(word.encode()), first + at)
+        for at, word in enumerate(_words())
+    )
+    return from_ranks(ranks + b"".join(more), image=image)
 
 
 WORDS = tokenizer(image=False).get_vocab_size()
@@ -62,22 +79,21 @@ VISION: dict[str, Any] = {
 
 def tiny_llama(**sizes: Any) -> Any:
     """Weights, norms and gates large enough that every part matters."""
-    torch.manual_seed(5)
-    return _lively(LlamaForCausalLM(LlamaConfig(**{**TEXT, **sizes})))
+    return _lively(LlamaForCausalLM(LlamaConfig(**{**TEXT, **sizes})), seed=5)
 
 
 def tiny_mllama(**sizes: Any) -> Any:
     """Two of its four layers attend to the image; `sizes` are of text and vision."""
-    torch.manual_seed(7)
     config = MllamaConfig(
         text_config={**TEXT, "cross_attention_layers": [1, 3], **sizes},
         vision_config={**VISION, **sizes, "vision_output_dim": 3 * sizes.get("hidden_size", 32)},
         image_token_index=WORDS,
     )
-    return _lively(MllamaForConditionalGeneration(config))
+    return _lively(MllamaForConditionalGeneration(config), seed=7)
 
 
-def _lively(model: Any) -> Any:
+def _lively(model: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
     for name, weight in model.named_parameters():
         if "gate" in name and weight.dim() == 1:
             weight.data.uniform_(0.5, 1.0)

@@ -46,15 +46,23 @@ def apart(some: list[float], others: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(some, others, strict=True)) / len(some)
 
 
+def calm(model: Any) -> Any:
+    """The model with smaller matrices in its layers, as trained ones have: errors do not grow."""
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "layers." in name:
+            weight.data.mul_(0.4)
+    return model
+
+
 @needs_bitsandbytes
 @pytest.mark.usefixtures("loosely")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mllama])
 def test_fewer_bits_are_near_and_8_nearer_than_4(make: Callable[..., Any], tmp_path: Path) -> None:
-    folder = saved(make(**WIDE), tmp_path / "wide")
+    folder = saved(calm(make(**WIDE)), tmp_path / "wide")
     stored = margins(opened(folder))
     engines = {bits: opened(folder, weights=bits) for bits in ("int8", "int4")}
     away = {bits: apart(stored, margins(engine)) for bits, engine in engines.items()}
-    assert 0 < away["int8"] < away["int4"] < 2.0
+    assert 0 < away["int8"] < 0.25 and away["int8"] < away["int4"] < 1.0
     for bits, engine in engines.items():
         assert engine.card.plan == bits
         engine.self_test()

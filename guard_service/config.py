@@ -56,7 +56,9 @@ class Settings:
     prepared: str = _knob(
         "auto", "folder that keeps graphs made ready; auto: the user's cache folder; none"
     )
-    dtype: str = _knob("auto", "of a checkpoint: bfloat16, float32; auto: bfloat16 on CUDA alone")
+    dtype: str = _knob(
+        "auto", "of a checkpoint: bfloat16 (for CPUs with AMX), float32; auto: by device"
+    )
     weights: str = _knob("stored", "of a checkpoint: stored, or int8 or int4 for smaller cards")
     image_cache_bytes: int = _knob(
         1024 * MIB, "of what a checkpoint has seen in images; 11B: 210 MiB for four tiles"

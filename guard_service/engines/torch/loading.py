@@ -51,8 +51,8 @@ def shapes_of(geometry: Geometry) -> dict[str, tuple[int, ...]]:
 def load_model(folder: Folder, device: str, dtype: str, weights: str) -> Any:
     """The model, ready to run, on `cpu` or over all GPUs (`cuda`).
 
-    `dtype` is `bfloat16`, `float32` or `auto` (the first on CUDA, the second on the CPU, whose
-    products of bfloat16 are slow). `weights` is `stored`, or `int8` or `int4` by bitsandbytes.
+    `dtype` is `bfloat16`, `float32` or `auto` (the first on CUDA, the second on the CPU, since only
+    some have products of bfloat16). `weights` is `stored`, or `int8` or `int4` by bitsandbytes.
     Raises ArtifactError for tensors that are not the geometry's, EngineFailed when there is no room
     or a library is missing.
     """

@@ -1,7 +1,4 @@
-"""The application of `transformers serve`, with a tiny Llama, behind the middleware.
-
-Where its extra is installed (pip install fastapi): `dev` is without it.
-"""
+"""The application of `transformers serve`, with a tiny Llama, behind the middleware."""
 
 from __future__ import annotations
 
@@ -11,9 +8,6 @@ from typing import Any
 
 import openai
 import pytest
-
-pytest.importorskip("fastapi")
-
 from transformers.commands import serving
 
 from guard_middleware.testing import FakeGuard

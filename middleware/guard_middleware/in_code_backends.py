@@ -17,7 +17,7 @@ from guard_middleware.strict_json import dump, parse
 # Objects of the caller's program, through which no text reaches a model.
 _NO_TEXT = frozenset(
     {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
-    | {"tokenizer"}
+    | {"tokenizer", "grammar", "logit_bias"}
 )
 # What would take the prompt or the reply past the guard.
 _ROUND = frozenset({"extra_body", "streamer"})

@@ -314,18 +314,21 @@ def test_every_text_of_a_reply_is_judged(spoken: dict[str, Any]) -> None:
     assert got["choices"][0]["finish_reason"] == "content_filter" and BAD not in str(got)
 
 
-def test_objects_through_which_no_text_goes_are_handed_on() -> None:
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("logits_processor", [len]), ("logit_bias", {97: -1.0}), ("grammar", object())],
+)
+def test_objects_through_which_no_text_goes_are_handed_on(name: str, own: Any) -> None:
     seen = []
 
     class Noting(Llama):
-        def create_chat_completion(self, messages: Messages, logits_processor: Any = None) -> Any:  # type: ignore[override]
-            seen.append(logits_processor)
+        def create_chat_completion(self, messages: Messages, **more: Any) -> Any:  # type: ignore[override]
+            seen.append(more[name])
             return reply("Hello.")
 
-    own = [lambda ids, scores: scores]
     messages = [{"role": "user", "content": "Hi"}]
-    screened(Noting(Model(""))).create_chat_completion(messages, logits_processor=own)
-    assert seen == [own] and seen[0] is own
+    screened(Noting(Model(""))).create_chat_completion(messages, **{name: own})
+    assert len(seen) == 1 and seen[0] is own
 
 
 # Pipelines.
@@ -473,7 +476,7 @@ def test_what_is_no_prompt_is_refused_when_it_is_asked(ask: Any) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"grammar": object()},
+        {"response_format": object()},
         {"tools": [object()]},
         {"messages": [{"role": "user", "content": object()}]},
         {"messages": [{"role": "root", "content": "Hi"}]},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 
-import guard_middleware
 from guard_middleware import GuardMiddleware
 from guard_middleware.guards import LocalGuard, RemoteGuard
 from guard_middleware.settings import FIELDS, Settings, SettingsError, from_environment, from_flags
@@ -76,13 +78,19 @@ async def nothing(scope: object, receive: object, send: object) -> None: ...
 def test_a_server_that_constructs_it_without_arguments_gets_the_environments_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As `vllm serve --middleware guard_middleware.GuardMiddleware` does."""
+    """As `vllm serve --middleware guard_middleware.GuardMiddleware` does (build_app in
+    vllm/entrypoints/openai/api_server.py): a class, found by its path, of FastAPI's application."""
     monkeypatch.setenv("GUARDED_GUARD", "unix:/run/guard.sock")
     monkeypatch.setenv("GUARDED_POLICY", "strict")
-    app = Starlette()
-    app.add_middleware(getattr(guard_middleware, "GuardMiddleware"))  # noqa: B009
-    made = app.build_middleware_stack().app  # type: ignore[attr-defined]
-    assert isinstance(made, GuardMiddleware) and isinstance(made.guard, RemoteGuard)
+    module, _, name = "guard_middleware.GuardMiddleware".rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    assert inspect.isclass(found)
+    app = FastAPI()
+    app.add_middleware(found)  # type: ignore[arg-type]
+    made: Any = app.build_middleware_stack()
+    while not isinstance(made, GuardMiddleware):
+        made = made.app
+    assert isinstance(made.guard, RemoteGuard)
     assert made.settings.policy == "strict" and not isinstance(made.guard, LocalGuard)
 
 

@@ -41,7 +41,7 @@ def reference(
 
 
 def agree(
-    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    artifact: Annotated[str, typer.Argument(help='Artifact folder, or "starter".')],
     reference: Annotated[
         Path | None,
         typer.Argument(help="Folder that `reference` made; none: the artifact's kernel plan fp32."),
@@ -58,11 +58,11 @@ def agree(
     """Score the same prompts by every kernel plan: how far each is from the reference."""
     from guard_quantization.export import agree as scores
     from guard_quantization.export.reference import Reference
-    from guard_service.artifact import load
+    from guard_service.artifact import load_named
     from guard_service.engines.loading import plans_of
     from guard_service.engines.plans import FP32
 
-    loaded = load(artifact)
+    loaded = load_named(artifact)
     asked = scores.probe_prompts(loaded, prompts)
     if reference:
         plain = Reference(reference, threads)

@@ -257,16 +257,20 @@ async def test_guard_that_is_killed_in_a_stream_ends_it_filtered_and_one_that_is
 
 
 class Hung(FakeService):
-    """A guard that takes everything and answers nothing, until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.let_go = threading.Event()
+    """A guard that takes everything and answers nothing: neither verdicts nor what its policy
+    declares."""
 
     def ClassifyBatch(self, request: Any, context: grpc.ServicerContext) -> Any:
-        context.add_callback(self.let_go.set)
-        self.let_go.wait(60)
-        return guard_pb2.ClassifyBatchResponse()
+        _hang(context)
+
+    def ListPolicies(self, request: Any, context: grpc.ServicerContext) -> Any:
+        _hang(context)
+
+
+def _hang(context: grpc.ServicerContext) -> None:
+    left = threading.Event()
+    context.add_callback(left.set)
+    left.wait(60)
 
 
 async def test_guard_that_hangs_refuses_after_its_time(tmp_path: Path) -> None:

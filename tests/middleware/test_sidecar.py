@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -72,13 +73,13 @@ async def test_openai_client_sees_a_blocked_prompt_as_content_filter(fake_guard:
 
 @asynccontextmanager
 async def served(
-    backend: App, guard: str, folder: Path
+    backend: App, guard: str, folder: Path, **settings: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient, Sidecar]]:
     """A whole sidecar on Unix sockets: clients of its two listeners, and it."""
     listen, admin = folder / "listen", folder / "admin"
     async with listening(backend, lifespan="auto") as upstream:
         places = Places(upstream, listen=f"unix:{listen}", admin=f"unix:{admin}", drain_s=30)
-        sidecar = Sidecar(places, Settings(guard=guard, guarded=("/",)))
+        sidecar = Sidecar(places, Settings(guard=guard, guarded=("/",), **settings))
         task = asyncio.create_task(sidecar.serve())
         async with client_at(listen) as client, client_at(admin) as administrator:
             async with asyncio.timeout(60):
@@ -114,7 +115,11 @@ async def test_sidecar_without_its_guard_is_not_ready_and_lets_nothing_pass(
 ) -> None:
     backend = Backend([json.dumps(reply("Hello there.")).encode()])
     nowhere = f"unix:{tmp_path / 'nobody'}"
-    async with served(backend, nowhere, tmp_path) as (client, administrator, _):
+    async with served(backend, nowhere, tmp_path, guard_timeout_s=0.1) as (
+        client,
+        administrator,
+        _,
+    ):
         ready = await administrator.get("/readyz")
         got = await client.post("/v1/chat/completions", json=asking("Hi"))
     assert ready.status_code == 503 and "guard down" in ready.text

@@ -27,19 +27,24 @@ _NEW_NETWORK = 0x40000000  # CLONE_NEWNET, in <sched.h>
 T = TypeVar("T")
 
 # As a container's: nothing can be written but volumes. The interpreter may live in a home that
-# others cannot enter; a home is shown with it alone. $FIRST is what an init container runs.
+# others cannot enter; a home is shown with it alone. Where this tree lies, it stays.
+# $FIRST is what an init container runs.
 _CONFINED = """
 confined="setpriv --reuid {user} --regid {user} --clear-groups --bounding-set=-all --no-new-privs"
 mount -t tmpfs -o mode=0755,size=512m mnt /mnt
-mkdir /mnt/python {volume} {cache}
+mkdir /mnt/python /mnt/tree {volume} {cache}
 chmod 0777 {volume}
 mount --bind {python} /mnt/python
+mount --bind {tree} /mnt/tree
 case {python} in
   {home}/*) mount -t tmpfs -o mode=0755 home {home}; mkdir -p {python} ;;
 esac
 mount --bind /mnt/python {python}
 umount /mnt/python
 mount -t tmpfs -o mode=0777,size=64m tmp /tmp
+mkdir -p {tree}
+mount --bind /mnt/tree {tree}
+umount /mnt/tree
 mount -o remount,bind,ro /
 if [ -n "$FIRST" ]; then
   $confined $FIRST
@@ -80,7 +85,12 @@ class Network:
         """Start a container's process, behind what an init container of its pod runs `first`."""
         python = Path(sys.base_prefix)
         setup = _CONFINED.format(
-            python=python, home=Path.home(), user=USER, volume=VOLUME, cache=CACHE
+            python=python,
+            tree=Path(__file__).parents[2],
+            home=Path.home(),
+            user=USER,
+            volume=VOLUME,
+            cache=CACHE,
         )
         wrapped = ["unshare", "-m", "sh", "-ec", setup, "sh", *command] if confined else command
         with log.open("ab") as output:

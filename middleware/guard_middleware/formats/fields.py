@@ -16,6 +16,8 @@ _MOST_REPEATED = 2**22  # code points that are judged again with every prompt, a
 
 # Ids, names of models, dates, enumerations: what backends, not models, write.
 _PLAIN = re.compile(r"[\w.:/@+\-]{0,128}", re.ASCII)
+# An address that holds its data, of a media type or in base64; not a sentence that begins "Data: ".
+_DATA_URI = re.compile(r"\s*data:(?=[^\s,]*(?:/|;base64))[^\s,]*,", re.IGNORECASE)
 
 
 def names(listed: str) -> frozenset[str]:
@@ -178,9 +180,14 @@ def tree_pieces(value: Json, choice: int, path: str) -> Iterator[Piece]:
         for index, inner in enumerate(value):
             yield from tree_pieces(inner, choice, f"{path}[{index}]")
     elif isinstance(value, str) and value:
-        if value[:5].lower() == "data:":
-            raise Unreadable("a reply holds data that cannot be judged")
+        no_data(value)
         yield Piece(Channel(choice, path), value)
+
+
+def no_data(text: str) -> None:
+    """Raise Unreadable for a text of a reply that is an image or the like (RFC 2397)."""
+    if _DATA_URI.match(text):
+        raise Unreadable("a reply holds data that cannot be judged")
 
 
 def extra_turns(

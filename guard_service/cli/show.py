@@ -91,11 +91,15 @@ def coverage_lines(verdict: Verdict) -> list[str]:
     defused = sum(part.neutralised for part in coverage.parts)
     if defused:
         lines.append(f"{defused} template delimiters in the text were defused")
-    if len(coverage.windows) > 1:
+    spans = {(one.first_token, one.end_token) for one in coverage.windows}
+    if len(spans) > 1:
         lines.append(
-            f"{coverage.conversation_tokens} tokens judged in {len(coverage.windows)} windows; "
+            f"{coverage.conversation_tokens} tokens judged in {len(spans)} windows; "
             "the worst counts"
         )
+    images = {one.image_digest for one in coverage.windows}
+    if len(images) > 1:
+        lines.append(f"judged beside {len(images)} images or views of them; the worst counts")
     return lines
 
 

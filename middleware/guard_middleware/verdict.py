@@ -78,6 +78,7 @@ class Window:
     first_token: int
     end_token: int
     unsafe_score: float
+    image_digest: str = ""  # of the image that the model was shown beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,9 @@ def _coverage(wire: verdict_pb2.Coverage) -> Coverage:
         for part in wire.parts
     )
     windows = tuple(
-        Window(window.first_token, window.end_token, _score(window.unsafe_score))
+        Window(
+            window.first_token, window.end_token, _score(window.unsafe_score), window.image_digest
+        )
         for window in wire.windows
     )
     return Coverage(wire.complete, parts, windows, wire.conversation_tokens)

@@ -241,3 +241,14 @@ def test_help_is_there_at_once() -> None:
     spent_s = after.children_user + after.children_system
     spent_s -= before.children_user + before.children_system
     assert spent_s < 0.5, f"{spent_s:.2f} s of processor time"
+
+
+def test_windows_and_images_are_told_apart(service: FakeService, server: list[str]) -> None:
+    found = verdict(verdict_pb2.ACTION_ALLOW, 0.1)
+    del found.coverage.windows[:]
+    for span in ((0, 9), (6, 15)):
+        for digest in ("sha256:a", "sha256:b", "sha256:c"):
+            found.coverage.windows.add(first_token=span[0], end_token=span[1], image_digest=digest)
+    service.script = [found]
+    told = RUN.invoke(app, ["check", "hello", *server]).output
+    assert "judged in 2 windows" in told and "judged beside 3 images" in told

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guard_quantization.checkpoint.beliefs import TEMPLATE
 from guard_quantization.checkpoint.tensors import Entry, layout, write_tensors
-from guard_quantization.export.int4 import Blocks
+from guard_quantization.export.int4 import floats
 from guard_quantization.export.stored import StoredModel
 from guard_quantization.folders import write_json
 from guard_service.artifact import TOKENIZER_FILE, Artifact, fresh_folder
@@ -32,10 +32,11 @@ def grow_artifact(artifact: Artifact, folder: Path, layers: int, width: int, see
     names the template. Raises FileExistsError, ExportError, and ValueError when it would shrink.
     """
     stored, manifest = StoredModel(artifact), artifact.manifest
-    state = {name: _floats(stored, name) for name, _ in layout(_cut(stored, manifest.verdict.head))}
+    before = {**stored.config, "verdict_head": list(manifest.verdict.head)}
+    state = {name: torch.tensor(floats(stored[name])) for name, _ in layout(before)}
     made = grown(state, layers, width, seed)
     config = {
-        **_cut(stored, manifest.verdict.head),
+        **before,
         "num_hidden_layers": layers,
         "intermediate_size": width,
         TEMPLATE: manifest.template,
@@ -79,12 +80,3 @@ def _widened(short: str, tensor: Tensor, width: int, rng: torch.Generator) -> Te
     if short == _WRITERS[1]:
         return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], width - tensor.shape[1])), 1)
     return tensor.clone()
-
-
-def _cut(stored: StoredModel, head: tuple[int, ...]) -> dict[str, object]:
-    return {**stored.config, "verdict_head": list(head)}
-
-
-def _floats(stored: StoredModel, name: str) -> Tensor:
-    found = stored[name]
-    return torch.tensor(found.dequantize() if isinstance(found, Blocks) else found)

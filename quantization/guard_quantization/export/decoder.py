@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper
 
 from guard_quantization.export.graph import DATA_FILE, ROTARY, Graph, Tensors
-from guard_quantization.export.int4 import Blocks, stack
+from guard_quantization.export.int4 import Blocks, floats, stack
 from guard_quantization.export.layers import (
     Linear,
     Matrix,
@@ -240,9 +240,9 @@ class _Store:
 
     def _head_rows(self, head: Sequence[int] | None) -> Floats:
         name = EMBEDDING_WEIGHT if self.shape.tied else "lm_head.weight"
-        matrix = self.weights[name]
-        if isinstance(matrix, Blocks):  # a tied table: the few rows that are read are float again
-            matrix = matrix.dequantize()
+        matrix = floats(
+            self.weights[name]
+        )  # of a tied table the rows that are read are float again
         if matrix.ndim != 2 or matrix.shape[1] != self.shape.hidden:
             raise ExportError(f"{name} is {matrix.shape}, config.json wants {self.shape.hidden}")
         if head is None:

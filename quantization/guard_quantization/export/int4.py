@@ -64,6 +64,11 @@ class Blocks:
         return replace(self, codes=self.codes[rows], scales=self.scales[rows])
 
 
+def floats(weight: Floats | Blocks) -> Floats:
+    """The matrix itself, or the one that codes stand for."""
+    return weight.dequantize() if isinstance(weight, Blocks) else weight
+
+
 def unpack(packed: Bytes, scales: NDArray[np.float16], bits: int, columns: int) -> Blocks:
     """The inverse of `Blocks.packed`. Raises ValueError for arrays that are not of that layout."""
     if bits not in (4, 8) or packed.dtype != np.uint8 or scales.dtype != np.float16:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from guard_quantization.export.graph import Graph, Tensors
-from guard_quantization.export.int4 import Blocks, quantize_blocks
+from guard_quantization.export.int4 import Blocks, floats, quantize_blocks
 from guard_service.engines.plans import EXPANDED, FP32, INT8, PLANS, STORED
 
 Floats = NDArray[np.float32]
@@ -53,9 +53,9 @@ def store_table(
     """Store an embedding table [vocab, hidden]. Raises ValueError when it cannot be so stored."""
     bits = precision.embedding_bits
     if bits == 32:
-        floats = _floats(table)
-        tensors.add(name, floats)
-        return Matrix(name, len(floats), floats.shape[1], bits, 0)
+        rows = floats(table)
+        tensors.add(name, rows)
+        return Matrix(name, len(rows), rows.shape[1], bits, 0)
     blocks = _embedded(table, precision)
     hidden, block = blocks.columns, blocks.codes.shape[-1]
     codes = blocks.codes.reshape(len(blocks.codes), hidden)
@@ -95,9 +95,9 @@ def store_matrix(
     """
     p = precision
     if p.bits == 32:
-        floats = _floats(weight)
-        tensors.add(name, floats.T)
-        return Matrix(name, len(floats), floats.shape[1], 32, 0)
+        rows = floats(weight)
+        tensors.add(name, rows.T)
+        return Matrix(name, len(rows), rows.shape[1], 32, 0)
     if isinstance(weight, Blocks):
         blocks = _checked(weight, p.bits, p.block)
     else:
@@ -178,7 +178,3 @@ def _checked(blocks: Blocks, bits: int, block: int) -> Blocks:
             f"{bits} in blocks of {block}: make them the same"
         )
     return blocks
-
-
-def _floats(weight: Floats | Blocks) -> Floats:
-    return weight.dequantize() if isinstance(weight, Blocks) else weight

@@ -21,6 +21,7 @@ from guard_quantization.export.decoder import (
 from guard_quantization.export.graph import DATA_FILE, ROTARY
 from guard_quantization.export.int4 import Blocks, unpack
 from guard_quantization.export.layers import Precision
+from guard_quantization.llama import LlamaShape
 from guard_service.artifact import Artifact
 
 Floats = NDArray[np.float32]
@@ -58,24 +59,20 @@ class StoredModel:
             block=quantized.block or 32,
             embedding_bits=_BITS[quantized.embedding],
         )
-        self.config: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "vocab_size": g.vocab,
-            "hidden_size": g.hidden,
-            "intermediate_size": g.mlp,
-            "num_hidden_layers": g.layers,
-            "num_attention_heads": g.heads,
-            "num_key_value_heads": g.kv_heads,
-            "head_dim": g.head_dim,
-            "rms_norm_eps": float(f"{helper.get_node_attr_value(norms[0], 'epsilon'):.6g}"),
-            "max_position_embeddings": g.max_positions,
-            **_rope(self._array(ROTARY).ravel().astype(np.float32), g.head_dim),
-        }
+        epsilon = helper.get_node_attr_value(norms[0], "epsilon")
+        shape = LlamaShape(
+            vocab_size=g.vocab,
+            hidden_size=g.hidden,
+            intermediate_size=g.mlp,
+            num_hidden_layers=g.layers,
+            num_attention_heads=g.heads,
+            num_key_value_heads=g.kv_heads,
+            head_dim=g.head_dim,
+            rms_norm_eps=float(f"{epsilon:.6g}"),
+            max_position_embeddings=g.max_positions,
+        )
+        rope = _rope(self._array(ROTARY).ravel().astype(np.float32), g.head_dim)
+        self.config: dict[str, Any] = {**shape.config(), **rope}
 
     def __getitem__(self, name: str, /) -> Floats | Blocks:
         """A tensor by its Hugging Face name. Raises ExportError when there is none."""

@@ -1,0 +1,1 @@
+"""What changes while the service runs: policies, models, and whatever else is made of files."""

@@ -14,9 +14,7 @@ from guard_middleware.metrics import Metrics
 from guard_middleware.testing import FakeGuard, forbids
 from tests.middleware.asgi_calls import EVENTS, Backend, call, each, sse
 from tests.middleware.formats.openai_replies import PATH, asking, chunks, reply
-
-BAD = "fake-bomb"
-SAFE = "The weather in Lisbon is mild. " * 20
+from tests.middleware.wrapped import BAD, SAFE, fits
 
 
 def wrapped(backend: Backend, guard: FakeGuard | None = None, **settings: Any) -> GuardMiddleware:
@@ -63,7 +61,7 @@ async def test_stream_ends_well_formed_before_what_is_blocked() -> None:
     backend = Backend(each(chunks(SAFE + BAD + SAFE)), EVENTS)
     got = await call(wrapped(backend), PATH, asking("Hi", stream=True))
     assert got.ended and got.body.endswith(b"data: [DONE]\n\n")
-    assert SAFE.startswith(got.text()) and got.text()
+    assert got.text() and fits(got.text(), SAFE + BAD + SAFE)
     assert got.events[-1]["choices"][0]["finish_reason"] == "content_filter"
     assert got.events[-1]["id"] == "chatcmpl-7"
 

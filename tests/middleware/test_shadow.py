@@ -19,9 +19,7 @@ from guard_middleware.testing import FakeGuard, forbids
 from guard_middleware.verdict import Outcome
 from tests.middleware.asgi_calls import EVENTS, Backend, body_of, call, each
 from tests.middleware.formats.openai_replies import PATH, asking, chunks, reply
-
-BAD = "fake-bomb"
-SAFE = "The weather in Lisbon is mild. " * 20
+from tests.middleware.wrapped import BAD, SAFE
 
 
 class Shadowed:

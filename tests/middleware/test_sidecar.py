@@ -18,14 +18,13 @@ from guard_middleware.settings import Settings
 from guard_middleware.sidecar import Places, Sidecar
 from tests.middleware.asgi_calls import EVENTS, Backend, body_of, each, listening
 from tests.middleware.formats.openai_replies import asking, chunks, reply
-
-BAD = "fake-bomb"
+from tests.middleware.wrapped import BAD, fits
 
 
 @asynccontextmanager
 async def client_of(backend: Backend, guard: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with listening(backend) as upstream:
-        sidecar = Sidecar(Places(upstream), Settings(guard=guard, guarded=("/",)))
+        sidecar = Sidecar(Places(upstream), Settings(guard=guard, guarded=("/",), refusal="No."))
         async with listening(sidecar.middleware) as address:
             client = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
             async with client:
@@ -59,7 +58,7 @@ async def test_openai_client_sees_a_blocked_stream_end_as_content_filter(fake_gu
         stream = await client.chat.completions.create(**asking("Hi", stream=True))
         events = [event async for event in stream]
     got = "".join(event.choices[0].delta.content or "" for event in events)
-    assert got and said.startswith(got)
+    assert fits(got, said + BAD, "No.")
     assert events[-1].choices[0].finish_reason == "content_filter"
 
 

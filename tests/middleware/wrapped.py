@@ -17,6 +17,14 @@ BAD = "fake-bomb"
 SAFE = "The weather in Lisbon is mild. " * 20
 
 
+def fits(got: str, said: str, refusal: str = "") -> bool:
+    """Whether a client may have got this of a stream that said that: all of it; or, where BAD is in
+    it, a beginning without BAD (verdicts fall where they fall, also within BAD), or the refusal."""
+    if BAD not in said:
+        return got == said
+    return got == refusal or said.startswith(got) and BAD not in got
+
+
 class Wrapped(GuardMiddleware):
     """With metrics of its own, and a guard that forbids BAD unless it is given another."""
 

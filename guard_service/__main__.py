@@ -74,6 +74,7 @@ async def _serve(
 ) -> int:
     server = GuardServer(settings, engine, policies, second)
     told = _on_signal()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.watcher.now)
     await server.start()
     _announce(server, settings, engine.card, sorted(policies))
     await told.wait()

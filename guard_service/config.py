@@ -91,6 +91,9 @@ class Settings:
         512 * MIB, "of all growing replies; one crowded out costs time; 0 keeps none"
     )
 
+    reload_s: float = _knob(
+        5.0, "files that may change are looked at so often; 0: only on SIGHUP", 0, 86_400
+    )
     default_deadline_s: float = _knob(30.0, "for calls that set none", 0.001, 86_400)
     max_deadline_s: float = _knob(300.0, "longer deadlines are cut to this", 0.001, 86_400)
     stream_idle_s: float = _knob(300.0, "a stream without a piece for so long ends", 0.001, 86_400)

@@ -86,6 +86,19 @@ class CascadeMetrics(_Named):
         )
 
 
+class SecurityMetrics(_Named):
+    """What guards the service. No label comes from a caller."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__("guard", registry)
+        self.tls_expires = self._gauge(
+            "tls_expires_timestamp_seconds", "When the certificate in use expires; 0 without TLS."
+        )
+        self.reloads = self._counter(
+            "security_reloads", "Certificates and auth files read anew.", "what", "result"
+        )
+
+
 class Metrics(EngineMetrics):
     """The service's metrics in a registry of their own.
 

@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from guard_api.v1 import guard_pb2_grpc
 from guard_policies.assessment import Direction
@@ -32,10 +33,19 @@ from guard_service.health import Health
 from guard_service.hosted import Hosted
 from guard_service.interceptors import SERVICE, Door, State
 from guard_service.judging import Judge
+from guard_service.live.watching import Watcher
 from guard_service.matching import unknown_to
-from guard_service.metrics import CascadeMetrics, EngineMetrics, HttpServer, Metrics, Probes
+from guard_service.metrics import (
+    CascadeMetrics,
+    EngineMetrics,
+    HttpServer,
+    Metrics,
+    Probes,
+    SecurityMetrics,
+)
 from guard_service.remote import RemoteGuard
 from guard_service.second import SecondGuard
+from guard_service.security.certificates import CertificateError, ServerTls, TlsFiles
 from guard_service.servicer import Servicer
 
 LOG = logging.getLogger(__name__)
@@ -81,9 +91,16 @@ class GuardServer:
             guard = SecondGuard(self._remote, CascadeMetrics(registry))
         self._judge = Cascade(self._first.moderator, guard, self._metrics)
         _check_policies(self._judge, engine.card)
+        self._security = SecurityMetrics(registry)
+        self.watcher = Watcher(settings.reload_s)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._live = True
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Of its metrics."""
+        return self._metrics.registry
 
     async def start(self) -> None:
         """Bind, check the model against its golden prompts, then take calls.
@@ -99,6 +116,7 @@ class GuardServer:
                 self._http = self._serve_http()
             self._server = await self._bound(Servicer(self._judge, self.settings, started_at))
             await self._server.start()
+            self.watcher.start()
             await self._first.start((self._judge.policy(""),))
             if self._second is not None:
                 policies = self._judge.policies.values()
@@ -117,6 +135,7 @@ class GuardServer:
         drained = await self._door.drained(grace_s)
         if grace_s:
             await self._door.quiet(LAME_DUCK_S)
+        await self.watcher.close()
         if self._server is not None:
             await self._server.stop(FLUSH_S if grace_s else 0.0)
             self._server = None
@@ -144,17 +163,32 @@ class GuardServer:
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         _check_free(settings)
+        credentials = self._credentials()
         try:
-            if settings.tls_cert is None:
+            if credentials is None:
                 port = server.add_insecure_port(settings.address)
             else:
-                port = server.add_secure_port(settings.address, _credentials(settings))
+                port = server.add_secure_port(settings.address, credentials)
         except RuntimeError:  # gRPC logs the reason and does not tell it
-            what = "the TLS files cannot be used" if settings.tls_cert else "it cannot be bound"
-            raise OSError(f"cannot listen on {settings.address}: {what}") from None
+            raise OSError(f"cannot listen on {settings.address}: it cannot be bound") from None
         unix = settings.host.startswith("unix:")
         self.address = settings.host if unix else replace(settings, port=port).address
         return server
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        """Of the TLS files, which are followed from now on; None without."""
+        settings = self.settings
+        if settings.tls_cert is None or settings.tls_key is None:
+            return None
+        try:
+            files = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            tls = ServerTls(files, self._security)
+        except CertificateError as error:
+            raise OSError(
+                f"cannot listen on {settings.address}: the TLS files cannot be used: {error}"
+            ) from None
+        self.watcher.add(tls.watched)
+        return tls.credentials()
 
     def _open(self, state: State) -> None:
         if self._door.state is State.DRAINING:
@@ -239,16 +273,6 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
         ("grpc.max_connection_age_ms", 30 * 60_000),  # lets load balancers spread anew
         ("grpc.max_connection_age_grace_ms", 5 * 60_000),
     ]
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials:
-    assert settings.tls_cert and settings.tls_key
-    client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
-    return grpc.ssl_server_credentials(
-        [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
-    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ WIRE_TESTS := tests/middleware/test_client.py tests/middleware/test_async_client
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test install lint format format-check types check proto proto-check \
-  test-protobuf test-transformers bench clean
+  test-protobuf test-transformers bench chaos clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test-transformers: $(NEXT_VENV)/.made ## run the torch engine's tests on transfo
 
 bench: $(VENV)/.base ## measure the starter guard here: latency, verdicts a second, what the service adds
 	$(BIN)/guardctl bench --compare-engine $(ARGS)
+
+chaos: $(VENV)/.dev ## minutes of mixed load while guards die and hang; ARGS="--minutes 5 --seed 1"
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 clean: ## remove the virtual environments, caches and builds
 	rm -rf .venv $(PROTO_VENV) $(OLDEST_VENV) $(NEXT_VENV) .mypy_cache .ruff_cache .pytest_cache dist build

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from guard_api.v1 import guard_pb2
 from guard_middleware.errors import BadReply
+from guard_middleware.failures import log_failure
 from guard_middleware.formats.contract import Asked, Piece, Turn
 from guard_middleware.guards import Conversation, Guard
 from guard_middleware.settings import Settings
@@ -113,8 +114,8 @@ async def _outcomes(guard: Guard, asked: Sequence[Conversation]) -> Sequence[Out
     """As many as were asked for; a guard that breaks its promises has judged none."""
     try:
         outcomes = await guard.judge(asked)
-    except Exception:
-        LOG.exception("the guard failed")
+    except Exception as failure:
+        log_failure(LOG, "the guard failed", failure)
         outcomes = ()
     if len(outcomes) == len(asked):
         return outcomes

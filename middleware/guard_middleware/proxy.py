@@ -27,7 +27,7 @@ _NOT_SENT = frozenset({b"host", b"content-length", b"expect", b"forwarded", b"x-
 CHUNK_BYTES = 64 * 1024
 
 
-class UpstreamFailed(Exception):
+class UpstreamFailed(ConnectionError):
     """The backend broke off while it answered."""
 
 

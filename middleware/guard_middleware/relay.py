@@ -18,6 +18,7 @@ from guard_middleware.bodies import (
 )
 from guard_middleware.context import Context, id_header, refusal, refused
 from guard_middleware.delays import Delays
+from guard_middleware.failures import log_failure
 from guard_middleware.formats import fields
 from guard_middleware.formats.contract import (
     Answer,
@@ -126,7 +127,7 @@ class Relay:
         except Exception as failure:
             self._failure = failure
             if self._start is not None:
-                LOG.exception("the application failed while it answered")
+                log_failure(LOG, "the application failed while it answered", failure)
         finally:
             self._ended()
 

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from guard_middleware.calls import Piece
+from guard_middleware.failures import log_failure
 from guard_middleware.formats.contract import Channel, Event
 from guard_middleware.guards import Conversation, Guard
 from guard_middleware.settings import Settings
@@ -212,8 +213,8 @@ class _Growing:
                     self._hear(one.outcome, one.covered_chars, one.final)
                     if self.final or self._screen.blocked:
                         return
-        except Exception:
-            LOG.exception("a growing reply could not be judged")
+        except Exception as failure:
+            log_failure(LOG, "a growing reply could not be judged", failure)
         self._screen.block()  # the guard ended without a last word
 
     def _hear(self, outcome: Outcome, covered: int, final: bool) -> None:

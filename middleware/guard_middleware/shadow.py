@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from guard_middleware.context import Context
 from guard_middleware.exchange import Exchange
+from guard_middleware.failures import log_failure
 from guard_middleware.formats.contract import Format
 from guard_middleware.messages import Message, Receive, Scope, Send
 
@@ -63,7 +64,7 @@ class Shadows:
             if not work.done():
                 exchange.result = SKIPPED
             elif not work.cancelled() and (failure := work.exception()):
-                LOG.error("a copy could not be screened", exc_info=failure)
+                log_failure(LOG, "a copy could not be screened", failure)
         finally:
             copy.forget()
             work.cancel()

@@ -23,6 +23,7 @@ STARTER = "starter"  # name of the artifact that is part of this package
 MANIFEST_FILE = "guard.json"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+GOLDEN_FILE = "golden.json"  # of checkpoints; an artifact has golden scores in its manifest
 DOCUMENTS = frozenset({"MODEL_CARD.md", "README.md", "LICENSE", "NOTICE", "NOTICE.txt"})
 _MAX_BYTES = {MANIFEST_FILE: 4 * 2**20, MODEL_FILE: 2**30, TOKENIZER_FILE: 64 * 2**20}
 _MAX_OTHER_BYTES = 64 * 2**30

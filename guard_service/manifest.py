@@ -15,7 +15,7 @@ from guard_policies.assessment import Direction
 FORMAT = "guard-artifact/1"
 TEMPLATES = ("compact", "compact-fixed", "llama-guard-3-1b", "llama-guard-3-8b")
 SCHEMES = ("fp32", "int8", "int4")
-_CODE = re.compile(r"S[1-9][0-9]?")
+CODE = re.compile(r"S[1-9][0-9]?")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -145,7 +145,7 @@ def parse_manifest(content: bytes) -> Manifest:
         raise ManifestError(
             [f"format is {_short(found)}, this version reads {FORMAT!r}; update it, or re-export"]
         )
-    reader = _Reader()
+    reader = Reader()
     manifest = _manifest(reader, document)
     if manifest is not None and not reader.problems:
         _consistent(manifest, reader.problems)
@@ -174,8 +174,11 @@ def json_object(content: bytes) -> dict[str, Any]:
     return document
 
 
-class _Reader:
-    """Checks values and collects what is wrong with them, each with its path."""
+class Reader:
+    """Checks a stranger's values and collects what is wrong with them, each with its path.
+
+    Each method but `fields` and `wrong` is a check, or makes one, of a value and its path.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -276,9 +279,9 @@ class _Reader:
         return check
 
 
-def _manifest(r: _Reader, document: dict[str, Any]) -> Manifest | None:
+def _manifest(r: Reader, document: dict[str, Any]) -> Manifest | None:
     token, size = r.whole(0, 2**24), r.whole(1, 2**20)
-    code, text, score = r.matching(_CODE, "a code such as S1"), r.text, r.real(0, 1)
+    code, text, score = r.matching(CODE, "a code such as S1"), r.text, r.real(0, 1)
     calibration = r.made(Calibration, scale=r.real(1e-3, 1e3), bias=r.real(-1e3, 1e3))
     way = r.one_of(tuple(way.value for way in Direction))
     turn = r.pair(r.one_of(("user", "assistant")), text)

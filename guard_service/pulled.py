@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from guard_service.artifact import GOLDEN_FILE
 from guard_service.manifest import File, json_object
 
 PULLED_FILE = "pulled.json"
@@ -83,8 +84,11 @@ def _is_file(name: str, entry: Any) -> bool:
 
 
 def damage(folder: Path, pulled: Pulled) -> list[str]:
-    """What is not as it was pulled: files changed, missing or added. Reads every byte."""
-    known = {PULLED_FILE, *pulled.files}
+    """What is not as it was pulled: files changed, missing or added. Reads every byte.
+
+    Golden scores are recorded after the pull.
+    """
+    known = {PULLED_FILE, GOLDEN_FILE, *pulled.files}
     strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
     problems = [f"{ascii(name)[:60]}: was not pulled" for name in strange[:5]]
     problems += [f"and {len(strange) - 5} more"] if len(strange) > 5 else []

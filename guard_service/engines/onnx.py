@@ -22,6 +22,7 @@ from guard_service.engines import (
     ModelCard,
     Session,
 )
+from guard_service.engines.golden import difference
 from guard_service.engines.loading import Graph, open_graph
 from guard_service.engines.plans import STORED
 from guard_service.engines.prepared import Prepared
@@ -133,11 +134,7 @@ class OnnxEngine(Engine):
             raise EngineFailed("the artifact has no golden prompts; it cannot be verified")
         worst = 0.0
         for golden in self._manifest.golden:
-            found = self.score(golden.turns)
-            worst = max(worst, abs(found.unsafe - golden.unsafe))
-            for code in found.categories.keys() | golden.categories.keys():
-                wanted, got = golden.categories.get(code, 0.0), found.categories.get(code, 0.0)
-                worst = max(worst, abs(wanted - got))
+            worst = max(worst, difference(self.score(golden.turns), golden))
         if not worst <= self._manifest.tolerance:
             raise EngineFailed(
                 f"golden prompts score up to {worst:.3f} differently than when the artifact was "

@@ -28,6 +28,7 @@ from guard_service.engines import (
     ModelCard,
     Session,
 )
+from guard_service.engines.golden import GoldenScores, difference, read_golden
 from guard_service.engines.scoring import Scoring, alike
 from guard_service.engines.sessions import SnapshotSession
 from guard_service.engines.snapshots import Snapshot, Snapshots, ids_of
@@ -37,7 +38,7 @@ from guard_service.engines.torch.geometry import Geometry
 from guard_service.engines.torch.loading import STORED, device_for, load_model, shapes_of
 from guard_service.engines.torch.pixels import Tiler
 from guard_service.engines.torch.reading import Reading
-from guard_service.manifest import Calibration
+from guard_service.manifest import Calibration, Golden
 from guard_service.prompt import IMAGE_TOKEN_ID, Prompt, PromptBuilder
 
 _PREFIX_BYTES = 2**30  # of text: some 40 prefixes at the size of the 11B model
@@ -80,6 +81,7 @@ def open_checkpoint(
         _PREFIX_BYTES if prefix_cache else 0,
         session_bytes,
         image_cache_bytes,
+        read_golden(folder.path, folder.digest),
     )
 
 
@@ -110,8 +112,10 @@ class TorchEngine(Engine):
         prefix_bytes: int = _PREFIX_BYTES,
         session_bytes: int = SESSION_BYTES,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        golden: GoldenScores | None = None,
     ) -> None:
         self.card = card
+        self.golden = golden  # what the folder's golden.json says
         self._reading = reading
         self._image_token = geometry.image_token
         positions = geometry.text["max_position_embeddings"]
@@ -178,17 +182,39 @@ class TorchEngine(Engine):
                 written.append(token)
         return str(self._reading.tokenizer.decode(written))
 
-    def self_test(self) -> None:
-        """Judge plain conversations, and an image where the model sees them.
+    def score(self, conversation: Conversation) -> Golden:
+        """Score a conversation, its image made ready, by the model's own categories, as a golden
+        one is recorded. Of several windows the worst counts."""
+        found = max(
+            (assessed.assessment for assessed in self.assess(self._prompts(conversation))),
+            key=lambda assessment: assessment.unsafe_score,
+        )
+        return Golden((), found.unsafe_score, dict(found.category_scores))
 
-        Checkpoints record no scores, so what is tested is that scores are finite, the same twice,
-        and the same alone and in company. Raises EngineFailed when they are not.
+    def self_test(self) -> None:
+        """Judge plain conversations, and an image where the model sees them; then the golden ones.
+
+        Without golden.json what is tested is that scores are finite, the same twice, and the same
+        alone and in company; with it, also that they are as recorded. Raises EngineFailed when they
+        are not.
         """
         prompts = list(chain.from_iterable(map(self._prompts, _plain(self._tiler is not None))))
         together, alone = self.assess(prompts), [self.assess([prompt])[0] for prompt in prompts]
         again = self.assess(prompts)
         if _apart(together, alone) > _TOLERANCE or _apart(together, again) > _TOLERANCE:
             raise EngineFailed("the model scores the same conversation differently each time")
+        if self.golden is not None:
+            self._check_golden(self.golden)
+
+    def _check_golden(self, scores: GoldenScores) -> None:
+        allowed = scores.allowed(self.card.plan)
+        apart = [difference(self.score(one.conversation), one) for one in scores.golden]
+        if not max(apart) <= allowed:
+            raise EngineFailed(
+                f"golden conversations score up to {max(apart):.3f} differently than recorded in "
+                f"golden.json (tolerance {allowed:g} with {self.card.plan} weights; recorded with "
+                f"{scores.made_with}): this is not the model that was recorded, or not its answers"
+            )
 
     def close(self) -> None:
         """Free the caches; the model goes with the last who holds the engine."""

@@ -96,7 +96,7 @@ def test_artifact_with_a_changed_byte_fails(
 
 def test_folder_that_is_neither_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 1
-    assert "neither guard.json nor pulled.json" in capsys.readouterr().err
+    assert "neither guard.json nor pulled.json nor config.json" in capsys.readouterr().err
 
 
 def test_flags_alone_still_serve(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from guard_service.errors import (
     ShuttingDown,
 )
 from guard_service.prompt import Prompt
+from guard_service.tracing import SPOT, Spot, engine_run
 
 LOG = logging.getLogger(__name__)
 VERDICT_TOKENS = 3  # what engines append to a prompt
@@ -55,6 +56,7 @@ class _Job:
     queued_at: float
     session: Session | None
     future: asyncio.Future[tuple[Assessed, float, float]] = field(repr=False)
+    spot: Spot | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -177,9 +179,9 @@ class Batcher:
     def _admitted(
         self, prompts: Sequence[Prompt], patience_s: float, session: Session | None
     ) -> list[_Job]:
-        loop, now = asyncio.get_running_loop(), self._clock()
+        loop, now, spot = asyncio.get_running_loop(), self._clock(), SPOT.get()
         jobs = [
-            _Job(prompt, tokens_of(prompt, session), now, session, loop.create_future())
+            _Job(prompt, tokens_of(prompt, session), now, session, loop.create_future(), spot)
             for prompt in prompts
         ]
         tokens = sum(job.tokens for job in jobs)
@@ -269,6 +271,8 @@ class Batcher:
         worker.run_began = None
         rate = sum(job.tokens for job in batch) / max(seconds, 1e-6)
         self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+        engine_run([(job.spot, began - job.queued_at) for job in batch], seconds)
+        SPOT.set(batch[0].spot)  # for the exemplar of what is measured of the run
         self._on_run(len(batch), seconds)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_deliver, batch, outcomes, began, seconds)

@@ -25,7 +25,9 @@ from guard_service.growing import Growing
 from guard_service.matching import unsupported
 from guard_service.metrics import Metrics
 from guard_service.moderation import Judgement, Moderator, direction_of, for_policy
+from guard_service.noted import noted
 from guard_service.second import SecondGuard
+from guard_service.tracing import step
 
 FIRST, SECOND = "first", "second"
 
@@ -91,7 +93,10 @@ class Cascade:
             conversation, policy, language, no_cache, growing, time.perf_counter() + timeout_s
         )
         try:
-            judgement = await self._judged(asked)
+            with step("guard.judge") as spot:
+                judgement = await self._judged(asked)
+                if spot is not None:
+                    spot.note(**noted(judgement))
         except GuardServiceError as error:
             self._metrics.errors.labels(error.reason).inc()
             raise

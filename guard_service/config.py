@@ -107,6 +107,7 @@ class Settings:
 
     log_level: str = _knob("info", "debug, info, warning or error")
     log_format: str = _knob("auto", "json, text, or auto: text on a terminal")
+    tracing: bool = _knob(False, "spans to OpenTelemetry's collector; OTEL_* variables say where")
     tls_cert: Path | None = _knob(None, "certificate chain (PEM); with tls_key turns TLS on")
     tls_key: Path | None = _knob(None, "private key (PEM)")
     tls_client_ca: Path | None = _knob(None, "clients must show a certificate of this CA (PEM)")

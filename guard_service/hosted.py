@@ -14,6 +14,7 @@ from guard_service.images.reading import image_reader
 from guard_service.matching import unsupported
 from guard_service.metrics import EngineMetrics
 from guard_service.moderation import Bounds, Moderator
+from guard_service.tracing import exemplar
 
 
 class Hosted:
@@ -86,7 +87,7 @@ class Hosted:
 
     def _ran(self, items: int, seconds: float) -> None:
         self._metrics.batch_items.observe(items)
-        self._metrics.inference_seconds.observe(seconds)
+        self._metrics.inference_seconds.observe(seconds, exemplar())
         crowded_out = self._engine.sessions_crowded_out
         self._metrics.sessions_crowded_out.inc(crowded_out - self._crowded_out)
         self._crowded_out = crowded_out

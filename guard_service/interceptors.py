@@ -30,6 +30,7 @@ from guard_service.errors import (
 from guard_service.logs import FIELDS
 from guard_service.metrics import Metrics
 from guard_service.moderation import Judgement
+from guard_service.tracing import SPOT, Spot, Tracer, exemplar
 
 LOG = logging.getLogger("guard_service.access")
 SERVICE = "guard_api.v1.GuardService"
@@ -56,6 +57,7 @@ class Call:
     from_cache: int = 0
     queue_s: float = 0.0
     inference_s: float = 0.0
+    spot: Spot | None = None
 
     def note(self, judgement: Judgement) -> None:
         """Add a verdict; of many, the severest action and the longest times are kept."""
@@ -94,9 +96,16 @@ class _Malformed:
 class Door(grpc.aio.ServerInterceptor):
     """Wraps the calls of GuardService; others (health, reflection) pass untouched."""
 
-    def __init__(self, metrics: Metrics, max_calls: int, max_call_bytes: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        max_calls: int,
+        max_call_bytes: int,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.state = State.STARTING
         self._metrics = metrics
+        self._tracer = tracer
         self._max_calls = max_calls
         self._max_call_bytes = max_call_bytes
         self._bytes = 0
@@ -140,6 +149,8 @@ class Door(grpc.aio.ServerInterceptor):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
         call = Call(rpc, _request_id(metadata.get("x-request-id")))
+        if self._tracer is not None:
+            call.spot = self._tracer.call(rpc, metadata)
         if self._refusal() is not None:
             return grpc.stream_stream_rpc_method_handler(self._refusing(call))
         decode = _tolerant(handler.request_deserializer, rpc)
@@ -183,6 +194,7 @@ class Door(grpc.aio.ServerInterceptor):
     async def _serve(self, call: Call, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         """Run a call to its end, whatever that is, and account for it."""
         CALL.set(call)
+        SPOT.set(call.spot)
         context.set_trailing_metadata((("x-request-id", call.request_id),))
         began = time.perf_counter()
         error: GuardServiceError | None = None
@@ -242,10 +254,14 @@ class Door(grpc.aio.ServerInterceptor):
     ) -> None:
         self._ended += 1
         self._metrics.requests.labels(call.rpc, code).inc()
-        self._metrics.request_seconds.labels(call.rpc).observe(total_s)
+        self._metrics.request_seconds.labels(call.rpc).observe(total_s, exemplar())
+        if call.spot is not None:
+            call.spot.end(code, error.reason if error else "", request_id=call.request_id)
         if not LOG.isEnabledFor(logging.INFO):
             return
         fields: dict[str, Any] = {"request_id": call.request_id, "rpc": call.rpc, "code": code}
+        if call.spot is not None:
+            fields["trace_id"] = call.spot.trace_id
         if error is not None:
             fields["reason"] = error.reason
         if call.action is not None:

@@ -125,6 +125,9 @@ class Metrics(EngineMetrics):
         self.policy_info = gauge(
             "policy_info", "The loaded policies.", "name", "version", "digest", "mode"
         )
+        self.trace_spans = counter(
+            "trace_spans", "Spans that the exporter of traces was given, by result.", "result"
+        )
         self.started = gauge("started_timestamp_seconds", "When the service began to serve.")
         self.ready = gauge("ready", "1 while the service takes calls.")
 

@@ -34,6 +34,7 @@ from guard_service.images.reading import ImageReader
 from guard_service.matching import asked_of, unknown_to, unsupported
 from guard_service.metrics import EngineMetrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
+from guard_service.tracing import exemplar, step
 
 LOG = logging.getLogger(__name__)
 LANGUAGE_TAG = re.compile(r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,7}")
@@ -188,7 +189,8 @@ class Moderator:
             raise InvalidRequest("language: must be a BCP 47 tag such as de or pt-BR, or empty")
         conversation = await self._with_pictures(conversation, policy)
         looked = time.perf_counter()
-        built = await self._built(conversation, policy)
+        with step("guard.tokenize"):
+            built = await self._built(conversation, policy)
         assembled = time.perf_counter()
         unscannable = not all(part.judged for part in built.parts)
         if unscannable and policy.on_unscannable(built.direction) is Unscannable.ERROR:
@@ -235,7 +237,8 @@ class Moderator:
         """The conversation with its images decoded, where the model is going to see them."""
         if self._images is None or not policy.judged(direction_of(conversation)):
             return conversation
-        return await self._images.ready(conversation, policy.image_uris)
+        with step("guard.images"):
+            return await self._images.ready(conversation, policy.image_uris)
 
     async def _built(self, conversation: Conversation, policy: Policy) -> BuiltPrompt:
         """The prompts. A model with fixed categories gets all of them, whatever the policy judges:
@@ -299,9 +302,9 @@ class Moderator:
 
     def _count(self, judgement: Judgement) -> None:
         metrics = self._metrics
-        metrics.tokenize_seconds.observe(judgement.tokenize_s)
+        metrics.tokenize_seconds.observe(judgement.tokenize_s, exemplar())
         if judgement.built.prompts and not judgement.from_cache:
-            metrics.queue_seconds.observe(judgement.queue_s)
+            metrics.queue_seconds.observe(judgement.queue_s, exemplar())
             metrics.tokens.labels("computed").inc(judgement.computed_tokens)
             metrics.tokens.labels("prefix_cache").inc(judgement.cached_tokens)
             metrics.prefix_hits.labels("hit" if judgement.cached_tokens else "miss").inc()

@@ -27,6 +27,7 @@ from guard_service.engines import ModelCard
 from guard_service.errors import GuardServiceError
 from guard_service.moderation import Judgement, direction_of
 from guard_service.prompt import BuiltPrompt, PartReport, Prompt
+from guard_service.tracing import metadata
 from guard_service.wire import ACTIONS, DIRECTIONS, KINDS, kind_of, message_of
 
 ENGINE = "remote"
@@ -106,7 +107,9 @@ class RemoteGuard:
             return_images=True,
         )
         try:
-            reply = await self._stub.Classify(request, timeout=max(timeout_s, 0.001))
+            reply = await self._stub.Classify(
+                request, timeout=max(timeout_s, 0.001), metadata=metadata()
+            )
         except grpc.aio.AioRpcError as failed:
             raise error_of(failed) from None
         if reply.verdict.policy.digest != policy.digest:

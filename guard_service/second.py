@@ -12,6 +12,7 @@ from guard_service.engines import ModelCard
 from guard_service.errors import DeadlineExceeded, GuardServiceError, NotReady, ShuttingDown
 from guard_service.metrics import CascadeMetrics
 from guard_service.moderation import Judgement
+from guard_service.tracing import step
 
 SHARE = 0.8  # of the time that is left; the rest is for what the policy wants without an answer
 FAILURES = 5  # in a row, until the guard is not asked any more
@@ -105,7 +106,10 @@ class SecondGuard:
         assert policy.cascade is not None
         began = self._clock()
         try:
-            judgement = await self._guard.judge(conversation, policy, language, limit_s, no_cache)
+            with step("guard.second"):
+                judgement = await self._guard.judge(
+                    conversation, policy, language, limit_s, no_cache
+                )
         except (NotReady, ShuttingDown):
             self._did_not_answer()
             raise

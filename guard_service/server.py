@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from guard_api.v1 import guard_pb2_grpc
 from guard_policies.assessment import Direction
 from guard_policies.loader import builtin_policies, load_policies
 from guard_policies.schema import Policy
+from guard_service import __version__
 from guard_service.cascade import Cascade
 from guard_service.config import Settings
 from guard_service.engines import Engine, ModelCard, open_engine
@@ -47,6 +49,7 @@ from guard_service.remote import RemoteGuard
 from guard_service.second import SecondGuard
 from guard_service.security.certificates import CertificateError, ServerTls, TlsFiles
 from guard_service.servicer import Servicer
+from guard_service.tracing import Traces
 
 LOG = logging.getLogger(__name__)
 FLUSH_S = 1.0  # after the last verdict: for its bytes to leave
@@ -64,17 +67,20 @@ class GuardServer:
         engine: Engine,
         policies: Mapping[str, Policy],
         second: Engine | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """`second` is the engine of a second guard in this process, for policies with a cascade.
 
         Raises UnknownPolicy or PolicyNotSupported when the default policy cannot be served, OSError
-        for a CA of the second guard that cannot be read.
+        for a CA of the second guard that cannot be read, or traces that cannot be had.
         """
         self.settings = settings
         self.address = ""
         self.metrics_port = 0
         self._metrics = Metrics()
-        self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes)
+        self._traces = traces or _traces(settings, self._metrics)
+        tracer = self._traces.tracer if self._traces else None
+        self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes, tracer)
         self._health = Health(("", SERVICE))
         self._first = Hosted(engine, settings, policies, self._metrics, self.worker_answers)
         self.batcher = self._first.batcher
@@ -147,6 +153,8 @@ class GuardServer:
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
             self._http = None
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
         self._live = False
         return drained
 
@@ -219,6 +227,25 @@ class GuardServer:
             ).set(1)
         metrics.started.set(started_at.ToNanoseconds() / 1e9)
         metrics.ready.set(0)
+
+
+def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
+    """Raises OSError when traces are asked for and cannot be had."""
+    if not settings.tracing:
+        return None
+    try:
+        from guard_service import exporting
+        from guard_service.spans import Spans
+    except ModuleNotFoundError as error:
+        raise OSError(
+            f"tracing needs {error.name}: pip install 'llama-guard-service[tracing]'"
+        ) from error
+    provider = exporting.provider(
+        "guard-service",
+        __version__,
+        lambda result, spans: metrics.trace_spans.labels(result).inc(spans),
+    )
+    return Traces(Spans(provider, settings.address), partial(exporting.end, provider))
 
 
 def loaded_policies(settings: Settings) -> dict[str, Policy]:

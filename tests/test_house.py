@@ -27,8 +27,8 @@ OURS = {
     "tests": ".",
 }
 MAY_USE = {
-    "guard_service": ("fetch", "vision"),
-    "guard_middleware": ("sidecar",),
+    "guard_service": ("fetch", "tracing", "vision"),
+    "guard_middleware": ("sidecar", "tracing"),
     "guard_quantization": ("quantization",),
     "tests": ("dev", "quantization"),
 }

@@ -15,6 +15,7 @@ from guard_service.config import Settings
 from guard_service.engines import Engine
 from guard_service.engines.fake import FakeEngine
 from guard_service.server import GuardServer
+from guard_service.tracing import Traces
 from tests.middleware.fake_service import FakeService, serving, socket_in
 from tests.service.asking import Running
 
@@ -33,13 +34,14 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
             engine: Engine | None = None,
             policies: tuple[str, ...] = (),
             second: Engine | None = None,
+            traces: Traces | None = None,
             **knobs: Any,
         ) -> Running:
             engine = engine or FakeEngine()
             private: dict[str, Any] = {"host": f"unix:{tmp_path / 'socket'}", "metrics": False}
             own = {policy.name: policy for policy in map(parse_policy, policies)}
             server = GuardServer(
-                Settings(**(private | knobs)), engine, {**builtin_policies(), **own}, second
+                Settings(**(private | knobs)), engine, {**builtin_policies(), **own}, second, traces
             )
             await server.start()
             stack.push_async_callback(server.stop, 0.0)

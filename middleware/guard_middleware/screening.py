@@ -106,10 +106,11 @@ class Screen:
         return taken
 
     def _may_begin(self) -> bool:
-        """A reply that may yet become an error begins with its first text that may go."""
+        """A reply that may yet become an error begins with its first text that may go; one that
+        says nothing, with its end."""
         if not self._begun:
             first = next((held for held in self._held if held.needs), None)
-            self._begun = self._ended or self.full or first is not None and first.covered
+            self._begun = first.covered if first is not None else self._ended or self.full
         return self._begun
 
     async def room(self) -> None:

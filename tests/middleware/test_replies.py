@@ -52,7 +52,7 @@ async def test_packed_stream_is_unpacked_and_judged(size: int) -> None:
         cut = [body[at : at + size] for at in range(0, len(body), size)]
         app = Wrapped(Backend(cut, EVENTS, headers=coding("gzip")))
         got = await call(app, PATH, asking("Hi", stream=True))
-        assert got.text() and fits(got.text(), said)
+        assert fits(got.text(), said, "I can't help with that.") and got.text()
 
 
 BROKEN_PACKINGS = {
@@ -409,10 +409,18 @@ async def test_only_what_was_released_is_measured() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", ["prompt", "reply"])
-async def test_blocks_can_be_told_as_errors(place: str, stream: bool) -> None:
+@pytest.mark.parametrize("turns", [0, 100])
+async def test_blocks_can_be_told_as_errors(place: str, stream: bool, turns: int) -> None:
+    """Also where the reply has ended long before its verdict comes."""
+
+    async def slow() -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
     said = "Hi" if place == "reply" else BAD
     sent = each(chunks(BAD)) if stream else [json.dumps(reply(BAD)).encode()]
-    app = Wrapped(Backend(sent, EVENTS if stream else JSON), refuse_with="error")
+    guard = FakeGuard(forbids(BAD), gate=lambda: asyncio.ensure_future(slow()))
+    app = Wrapped(Backend(sent, EVENTS if stream else JSON), guard, refuse_with="error")
     got = await call(app, PATH, asking(said, stream=stream))
     assert (got.status, got.json["error"]["code"]) == (400, "content_filter")
 

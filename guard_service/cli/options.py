@@ -13,7 +13,8 @@ Server = Annotated[
         "--server",
         "-s",
         metavar="ADDR",
-        help="A running guard, as host:port or unix:/path [env: GUARDCTL_SERVER]. "
+        help="A running guard, as host:port or unix:/path, or several, as dns:///host:port "
+        "[env: GUARDCTL_SERVER]. "
         "Without it a guard runs inside guardctl.",
     ),
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guard_middleware.channel import TLS
+from guard_middleware.targets import check_reachable, check_target
 from guard_service.cli import exits
 from guard_service.cli.apart import guard_apart
 
@@ -42,13 +43,21 @@ class Place:
         if self.address and (self.model or self.policies):
             exits.fail("--model and --policies are for a guard without --server", exits.USAGE)
         if self.address:
-            yield self.address, self._tls()
+            yield self._checked(), self._tls()
             return
         if self.ca or self.cert or self.key:
             exits.fail("--ca, --cert and --key need --server", exits.USAGE)
         start = guard_apart if apart else guard_here
         with start(self.model or "starter", self.policies) as target:
             yield target, None
+
+    def _checked(self) -> str:
+        try:
+            check_target(self.address)
+            check_reachable(self.address, os.environ)
+        except ValueError as wrong:
+            exits.fail(str(wrong), exits.USAGE)
+        return self.address
 
     def _tls(self) -> TLS | None:
         if not (self.ca or self.cert or self.key):

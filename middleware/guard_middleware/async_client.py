@@ -208,7 +208,7 @@ class AsyncGuardClient:
         while True:
             try:
                 reply = await method(
-                    request, timeout=attempts.left_s(), metadata=tuple(self._terms.metadata)
+                    request, timeout=attempts.next_s(), metadata=tuple(self._terms.metadata)
                 )
                 self._breaker.settle(None)
                 return reply

@@ -156,7 +156,7 @@ class GuardClient:
         while True:
             try:
                 reply = method(
-                    request, timeout=attempts.left_s(), metadata=tuple(self._terms.metadata)
+                    request, timeout=attempts.next_s(), metadata=tuple(self._terms.metadata)
                 )
                 self._breaker.settle(None)
                 return reply

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
@@ -18,8 +19,10 @@ from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import TLS
 from guard_middleware.client import AsyncGuardClient
 from guard_middleware.errors import EngineFailed, GuardError
+from guard_middleware.retry import Retries
 from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
+from guard_middleware.targets import check_reachable
 from guard_middleware.terms import Terms
 from guard_middleware.turns import direction_of
 from guard_middleware.verdict import Outcome, SeenImage, StreamOutcome, Unjudged
@@ -64,6 +67,9 @@ class RemoteGuard:
     """
 
     def __init__(self, settings: Settings, terms: Terms | None = None) -> None:
+        """Nothing is dialled yet. Raises ValueError where the target's kind cannot be had here."""
+        if settings.guard:
+            check_reachable(settings.guard, os.environ)
         self._settings = settings
         self._terms = terms or _terms(settings)
         self._made: AsyncGuardClient | None = None
@@ -192,6 +198,7 @@ def _terms(settings: Settings) -> Terms:
     return Terms(
         timeout_s=settings.guard_timeout_s,
         stream_timeout_s=settings.guard_stream_timeout_s,
+        retries=Retries(try_timeout_s=settings.guard_try_s),
         breaking=Breaking(settings.guard_failures, settings.guard_open_s),
         on_unavailable="policy",
         tls=_tls(settings),

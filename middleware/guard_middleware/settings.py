@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from guard_middleware.targets import check_target
+
 ENVIRONMENT_PREFIX = "GUARDED_"
 MIB = 2**20
 
@@ -29,7 +31,11 @@ def _choice(default: str, why: str, *others: str) -> Any:
 class Settings:
     """Everything that can be set. `Settings()` enforces with the starter guard, in process."""
 
-    guard: str = _knob("", "host:port or unix:/path of a guard; empty: one in this process")
+    guard: str = _knob(
+        "",
+        "host:port or unix:/path of a guard, dns:///host:port of several; empty: one in this "
+        "process",
+    )
     guard_tls: str = _choice("off", "whether the channel to the guard is encrypted", "on")
     guard_tls_roots: str = _knob("", "PEM file of roots to trust; empty: the system's")
     guard_tls_certificate: str = _knob("", "PEM file of our certificate, for guards that ask")
@@ -39,6 +45,13 @@ class Settings:
     policy: str = _knob("", "name of the guard's policy; empty is the guard's default")
     language: str = _knob("", "BCP 47 tag of what is said; chooses thresholds where a policy does")
     guard_timeout_s: float = _knob(10.0, "for one verdict, retries included", 0.001, 3600)
+    guard_try_s: float = _knob(
+        0.0,
+        "a call without an answer for so long is made again, to another guard where there are "
+        "several; 0: never",
+        0,
+        3600,
+    )
     guard_failures: int = _knob(
         5, "after so many calls in a row that got no answer the guard is left alone; 0: never"
     )
@@ -168,6 +181,11 @@ def _problems(settings: Settings) -> typing.Iterator[str]:
             low, high = knob.metadata["low"], knob.metadata["high"]
             if not low <= value <= high:
                 yield f"{name}: {value} is not between {low} and {high}"
+    if settings.guard and isinstance(settings.guard, str):
+        try:
+            check_target(settings.guard)
+        except ValueError as wrong:
+            yield f"guard: {wrong}"
     for name in ("guarded", "passes"):
         paths = getattr(settings, name)
         if isinstance(paths, tuple) and not all(str(path).startswith("/") for path in paths):

@@ -49,6 +49,25 @@ def test_what_would_fail_again_is_not_retried(error: type[GuardError]) -> None:
     assert attempts(Clock()).pause_after(error("no")) is None
 
 
+def test_try_that_was_cut_short_is_made_again_and_the_last_one_may_take_what_is_left() -> None:
+    clock = Clock()
+    plan = Attempts(Retries(3, 0.1, 1.0, try_timeout_s=2.0), 10.0, clock, lambda: 0.0)
+    took = []
+    for _ in range(3):
+        took.append(plan.next_s())
+        clock.now_s += took[-1]
+        pause = plan.pause_after(DeadlineExceeded("late"))
+    assert took == pytest.approx([2.0, 2.0, 6.0])
+    assert pause is None
+
+
+def test_try_that_took_the_whole_deadline_is_not_made_again() -> None:
+    clock = Clock()
+    plan = Attempts(Retries(3, try_timeout_s=2.0), 1.0, clock, lambda: 0.0)
+    assert plan.next_s() == pytest.approx(1.0)
+    assert plan.pause_after(DeadlineExceeded("late")) is None
+
+
 def test_servers_delay_is_kept_and_jitter_comes_on_top() -> None:
     pause = attempts(Clock()).pause_after(Overloaded("full", retry_after_s=2.0))
     assert pause == pytest.approx(2.05)
@@ -69,7 +88,7 @@ def test_all_pauses_together_fit_into_the_deadline(
     clock = Clock()
     plan = Attempts(Retries(tries, 0.1, 5.0), timeout_s, clock, lambda: draw)
     for _ in range(tries):
-        clock.now_s += min(call_s, plan.left_s())
+        clock.now_s += min(call_s, plan.next_s())
         pause = plan.pause_after(Overloaded("full", retry_after_s=retry_after_s))
         if pause is None:
             return
@@ -82,9 +101,9 @@ def test_time_left_shrinks_and_never_reaches_zero() -> None:
     clock = Clock()
     plan = attempts(clock, timeout_s=3.0)
     clock.now_s += 1.0
-    assert plan.left_s() == pytest.approx(2.0)
+    assert plan.next_s() == pytest.approx(2.0)
     clock.now_s += 5.0
-    assert plan.left_s() > 0
+    assert plan.next_s() > 0
 
 
 def test_a_deadline_of_nothing_is_refused() -> None:

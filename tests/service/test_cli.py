@@ -175,6 +175,7 @@ def test_conversation_comes_from_a_file_or_from_standard_input(
         (["check", "x", "--role", "system"], "", "--role is user or assistant"),
         (["check", "x", "--model", "fake", "--server", "a:1"], "", "without --server"),
         (["check", "x", "--cert", __file__, "--server", "a:1"], "", "needs its key"),
+        (["check", "x", "--server", "http://a:1"], "", "no guard's address"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], stdin: str | bytes, told: str) -> None:

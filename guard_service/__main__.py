@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from guard_service.artifact import ArtifactError
 from guard_service.config import FIELDS, TYPES, ConfigError, Loaded, Settings, load
 from guard_service.engines import Engine, EngineFailed, ModelCard
 from guard_service.errors import GuardServiceError
+from guard_service.live.policies import loaded_policies
 from guard_service.logs import FIELDS as LOG_FIELDS
-from guard_service.server import GuardServer, engines_of, loaded_policies
+from guard_service.server import GuardServer, engines_of
 
 LOG = logging.getLogger("guard_service")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Settings) -> int:
+    if not _has_terminal():  # that could hang up: it asks for what the first look does anyway
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     try:
         policies = loaded_policies(settings)
     except PolicyError as error:
@@ -73,8 +76,7 @@ async def _serve(
     settings: Settings, engine: Engine, second: Engine | None, policies: Mapping[str, Policy]
 ) -> int:
     server = GuardServer(settings, engine, policies, second)
-    told = _on_signal()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.watcher.now)
+    told = _on_signal(server.watcher.now)
     await server.start()
     _announce(server, settings, engine.card, sorted(policies))
     await told.wait()
@@ -84,8 +86,8 @@ async def _serve(
     return 0 if drained else FAILED
 
 
-def _on_signal() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+def _on_signal(reload: Callable[[], None]) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once. SIGHUP reloads."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
@@ -95,7 +97,20 @@ def _on_signal() -> asyncio.Event:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    attached = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: stop() if attached and not _has_terminal() else reload()
+    )
     return told
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal that controls this process; it is gone once it hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _announce(

@@ -19,6 +19,7 @@ from guard_service.errors import (
     Overloaded,
     PolicyNotSupported,
     SecondUnable,
+    UnknownPolicy,
     Unscannable,
 )
 from guard_service.growing import Growing
@@ -43,22 +44,22 @@ class Cascade:
         first: Moderator,
         second: SecondGuard | None,
         metrics: Metrics,
+        policies: Mapping[str, Policy],
+        default_policy: str,
     ) -> None:
+        """`default_policy` is the name that an empty one means."""
         self._first = first
         self._second = second
         self._metrics = metrics
+        self.policies = policies
+        self.default_policy = default_policy
         # What the second said last of a growing reply, which is asked for again when it ends.
         self._said: WeakKeyDictionary[Growing, Judgement] = WeakKeyDictionary()
 
     @property
-    def policies(self) -> Mapping[str, Policy]:
-        """By name."""
-        return self._first.policies
-
-    @property
-    def default_policy(self) -> str:
-        """The name that an empty one means."""
-        return self._first.default_policy
+    def card(self) -> ModelCard:
+        """The first guard's model."""
+        return self._first.card
 
     async def cards(self) -> Sequence[ModelCard]:
         """The first guard's model, and the second's as far as it can tell now."""
@@ -66,9 +67,20 @@ class Cascade:
         return (*await self._first.cards(), *others)
 
     def policy(self, name: str, as_second: bool = False) -> Policy:
-        """As Moderator.policy; PolicyNotSupported also when its cascade cannot be served."""
-        policy = self._first.policy(name, as_second)
-        if policy.cascade is not None and (problem := self._unserved(policy)):
+        """The policy of that name, the default one for an empty name.
+
+        `as_second`: as the second guard of its cascade serves it. Raises UnknownPolicy, and
+        PolicyNotSupported when the models cannot serve it.
+        """
+        policy = self.policies.get(name or self.default_policy)
+        if policy is None:
+            raise UnknownPolicy("no policy of that name is loaded; ListPolicies lists them")
+        if as_second:
+            policy = policy.as_second()
+        problem = unsupported(policy, self._first.card)
+        if not problem and policy.cascade is not None:
+            problem = self._unserved(policy)
+        if problem:
             raise for_policy(PolicyNotSupported(problem), policy, None)
         return policy
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from guard_policies.schema import Policy
 from guard_service.batcher import Batcher
 from guard_service.batcher import Limits as QueueLimits
 from guard_service.config import Settings
-from guard_service.engines import Engine
+from guard_service.engines import Engine, ModelCard
 from guard_service.images.reading import image_reader
 from guard_service.matching import unsupported
 from guard_service.metrics import EngineMetrics
@@ -24,17 +24,16 @@ class Hosted:
         self,
         engine: Engine,
         settings: Settings,
-        policies: Mapping[str, Policy],
         metrics: EngineMetrics,
         on_health: Callable[[bool], None] = lambda healthy: None,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
+        self._settings = settings
         self._metrics = metrics
         self._crowded_out = 0
         self._images = None
         if engine.card.judges_images:
-            self._images = image_reader(settings, policies.values(), self._read)
-            metrics.image_bytes.set_function(lambda: self._images.held_bytes if self._images else 0)
+            self._images = image_reader(settings, self._read)
         self.batcher = Batcher(
             engine,
             QueueLimits(
@@ -50,8 +49,6 @@ class Hosted:
         self.moderator = Moderator(
             engine,
             self.batcher,
-            policies,
-            settings.default_policy,
             Bounds(
                 settings.max_conversation_tokens,
                 settings.max_conversation_chars,
@@ -61,17 +58,26 @@ class Hosted:
             metrics,
             self._images,
         )
-        self._describe()
+
+    @property
+    def card(self) -> ModelCard:
+        """The model."""
+        return self.engine.card
+
+    def prepare_for(self, policies: Iterable[Policy]) -> None:
+        """Make ready what the policies need; raises PolicyNotSupported."""
+        if self._images is not None:
+            self._images.prepare_for(policies, self._settings.fetch_timeout_s)
 
     async def start(self, policies: Iterable[Policy]) -> None:
         """Check the model against its golden prompts, then judge a greeting under a policy that it
         serves, if there is one. Raises EngineFailed when it scores otherwise than recorded, and
         NotAssessed when images cannot be decoded here."""
         self.batcher.start()
-        await asyncio.to_thread(self._engine.self_test)
+        await asyncio.to_thread(self.engine.self_test)
         if self._images is not None:
             await self._images.start()
-        served = (one for one in policies if not unsupported(one, self._engine.card))
+        served = (one for one in policies if not unsupported(one, self.engine.card))
         if (policy := next(served, None)) is not None:
             await self.moderator.warm_up(policy)
 
@@ -88,13 +94,17 @@ class Hosted:
     def _ran(self, items: int, seconds: float) -> None:
         self._metrics.batch_items.observe(items)
         self._metrics.inference_seconds.observe(seconds, exemplar())
-        crowded_out = self._engine.sessions_crowded_out
+        crowded_out = self.engine.sessions_crowded_out
         self._metrics.sessions_crowded_out.inc(crowded_out - self._crowded_out)
         self._crowded_out = crowded_out
 
-    def _describe(self) -> None:
-        card, metrics = self._engine.card, self._metrics
+    def describe(self) -> None:
+        """Show this model in the metrics, in place of another."""
+        card, metrics = self.card, self._metrics
+        metrics.model_info.clear()
         metrics.model_info.labels(card.name, card.digest, card.engine, card.template).set(1)
+        metrics.cache_entries.set_function(lambda: self.moderator.remembered)
+        metrics.image_bytes.set_function(lambda: self._images.held_bytes if self._images else 0)
         metrics.queue_items.set_function(lambda: self.batcher.queued_items)
         metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
-        metrics.session_bytes.set_function(lambda: self._engine.session_bytes)
+        metrics.session_bytes.set_function(lambda: self.engine.session_bytes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 from guard_policies.schema import Policy
@@ -48,3 +50,22 @@ class Judge(Protocol):
     ) -> Judgement:
         """Judge the last turn. Raises GuardServiceError when there is no verdict."""
         ...
+
+
+class Judges(Protocol):
+    """Where a call gets its judge from. For one event loop."""
+
+    def held(self) -> AbstractContextManager[Judge]:
+        """The judge of now: policies and models, which stay the same as long as it is held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Always:
+    """One judge for all calls."""
+
+    judge: Judge
+
+    def held(self) -> AbstractContextManager[Judge]:
+        """That one."""
+        return nullcontext(self.judge)

@@ -99,6 +99,20 @@ class SecurityMetrics(_Named):
         )
 
 
+class ReloadMetrics(_Named):
+    """How exchanging policies, or models, while the service runs has gone."""
+
+    def __init__(self, prefix: str, registry: CollectorRegistry) -> None:
+        super().__init__(prefix, registry)
+        self.reloads = self._counter(
+            "reloads", "Exchanges of what was loaded, tried and by result: ok, failed.", "result"
+        )
+        self.reload_failed = self._gauge(
+            "reload_failed", "1 while what is used is not what the files say, as they are at fault."
+        )
+        self.loaded = self._gauge("loaded_timestamp_seconds", "When what is used began to be used.")
+
+
 class Metrics(EngineMetrics):
     """The service's metrics in a registry of their own.
 

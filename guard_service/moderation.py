@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,13 +25,11 @@ from guard_service.errors import (
     GuardServiceError,
     InvalidRequest,
     NotAssessed,
-    PolicyNotSupported,
-    UnknownPolicy,
 )
 from guard_service.errors import Unscannable as UnscannableError
 from guard_service.growing import Growing
 from guard_service.images.reading import ImageReader
-from guard_service.matching import asked_of, unknown_to, unsupported
+from guard_service.matching import asked_of, unknown_to
 from guard_service.metrics import EngineMetrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
 from guard_service.tracing import exemplar, step
@@ -79,14 +77,12 @@ class Judgement:
 
 
 class Moderator:
-    """Judges conversations with one engine under named policies. For one event loop."""
+    """Judges conversations with one engine. For one event loop."""
 
     def __init__(
         self,
         engine: Engine,
         batcher: Batcher,
-        policies: Mapping[str, Policy],
-        default_policy: str,
         bounds: Bounds,
         cache_entries: int,
         metrics: EngineMetrics,
@@ -97,8 +93,6 @@ class Moderator:
             raise ValueError("a model that judges images needs a reader of images")
         self.card = engine.card
         self._images = images
-        self.policies = dict(policies)
-        self.default_policy = default_policy
         self._builder = engine.prompt_builder()
         self._session = engine.session
         self._batcher = batcher
@@ -109,22 +103,11 @@ class Moderator:
         self._metrics = metrics
         self._threads = ThreadPoolExecutor(BUILDERS, thread_name_prefix="guard-prompt")
         self._own = tuple(c for c in LLAMA_GUARD_3 if c.code in self.card.categories)
-        metrics.cache_entries.set_function(lambda: len(self._cache))
 
-    def policy(self, name: str, as_second: bool = False) -> Policy:
-        """The policy of that name, the default one for an empty name.
-
-        `as_second`: as the second guard of its cascade serves it. Raises UnknownPolicy, and
-        PolicyNotSupported when the model cannot serve it.
-        """
-        policy = self.policies.get(name or self.default_policy)
-        if policy is None:
-            raise UnknownPolicy("no policy of that name is loaded; ListPolicies lists them")
-        if as_second:
-            policy = policy.as_second()
-        if problem := unsupported(policy, self.card):
-            raise for_policy(PolicyNotSupported(problem), policy, None)
-        return policy
+    @property
+    def remembered(self) -> int:
+        """Verdicts in the cache."""
+        return len(self._cache)
 
     def growing(self) -> Growing:
         """For a conversation that is judged again and again while it grows; to be closed."""

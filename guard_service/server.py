@@ -23,26 +23,25 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from guard_api.v1 import guard_pb2_grpc
-from guard_policies.assessment import Direction
-from guard_policies.loader import builtin_policies, load_policies
 from guard_policies.schema import Policy
 from guard_service import __version__
-from guard_service.cascade import Cascade
+from guard_service.batcher import Batcher
 from guard_service.config import Settings
-from guard_service.engines import Engine, ModelCard, open_engine
-from guard_service.errors import PolicyNotSupported
+from guard_service.engines import Engine, open_engine
 from guard_service.health import Health
 from guard_service.hosted import Hosted
 from guard_service.interceptors import SERVICE, Door, State
-from guard_service.judging import Judge
+from guard_service.live.policies import PolicyFiles, check_policies, loaded_policies
+from guard_service.live.reloads import Reloads
+from guard_service.live.serving import Guards, Live
 from guard_service.live.watching import Watcher
-from guard_service.matching import unknown_to
 from guard_service.metrics import (
     CascadeMetrics,
     EngineMetrics,
     HttpServer,
     Metrics,
     Probes,
+    ReloadMetrics,
     SecurityMetrics,
 )
 from guard_service.remote import RemoteGuard
@@ -82,26 +81,23 @@ class GuardServer:
         tracer = self._traces.tracer if self._traces else None
         self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes, tracer)
         self._health = Health(("", SERVICE))
-        self._first = Hosted(engine, settings, policies, self._metrics, self.worker_answers)
-        self.batcher = self._first.batcher
-        registry = self._metrics.registry
-        self._second: Hosted | None = None
         self._remote: RemoteGuard | None = None
-        guard: SecondGuard | None = None
-        if second is not None:
-            metrics = EngineMetrics("guard_second", registry)
-            self._second = Hosted(second, settings, policies, metrics)
-            guard = SecondGuard(self._second.moderator, CascadeMetrics(registry))
-        elif settings.second_guard:
-            self._remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
-            guard = SecondGuard(self._remote, CascadeMetrics(registry))
-        self._judge = Cascade(self._first.moderator, guard, self._metrics)
-        _check_policies(self._judge, engine.card)
+        guards = self._guards(engine, second)
+        self._live = Live(guards, policies, settings.default_policy, self._metrics)
+        check_policies(self._live.judge)
+        registry = self._metrics.registry
         self._security = SecurityMetrics(registry)
         self.watcher = Watcher(settings.reload_s)
+        self._policy_reloads = Reloads(ReloadMetrics("guard_policy", registry))
+        self._follow_policies()
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
-        self._live = True
+        self._up = True
+
+    @property
+    def batcher(self) -> Batcher:
+        """The queue before the first guard's model."""
+        return self._live.guards.first.batcher
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -120,13 +116,11 @@ class GuardServer:
         try:
             if self.settings.metrics:
                 self._http = self._serve_http()
-            self._server = await self._bound(Servicer(self._judge, self.settings, started_at))
+            servicer = Servicer(self._live, self.settings, started_at, self._policy_reloads)
+            self._server = await self._bound(servicer)
             await self._server.start()
             self.watcher.start()
-            await self._first.start((self._judge.policy(""),))
-            if self._second is not None:
-                policies = self._judge.policies.values()
-                await self._second.start(one.as_second() for one in policies if one.cascade)
+            await self._live.guards.start(self._live.judge)
         except BaseException:
             await self.stop(0.0)
             raise
@@ -145,9 +139,7 @@ class GuardServer:
         if self._server is not None:
             await self._server.stop(FLUSH_S if grace_s else 0.0)
             self._server = None
-        await self._first.close()
-        if self._second is not None:
-            await self._second.close()
+        await self._live.guards.close()
         if self._remote is not None:
             await self._remote.close()
         if self._http is not None:
@@ -155,7 +147,7 @@ class GuardServer:
             self._http = None
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
-        self._live = False
+        self._up = False
         return drained
 
     async def wait(self) -> None:
@@ -206,7 +198,26 @@ class GuardServer:
         self._metrics.ready.set(state is State.OPEN)
 
     def worker_answers(self, healthy: bool) -> None:
+        """Take calls, or none: the model that new ones get judges, or hangs."""
         self._open(State.OPEN if healthy else State.STUCK)
+
+    def _guards(self, engine: Engine, second: Engine | None) -> Guards:
+        settings, registry = self.settings, self._metrics.registry
+        first = Hosted(
+            engine, settings, self._metrics, lambda _: self.worker_answers(self.batcher.healthy)
+        )
+        if second is not None:
+            hosted = Hosted(second, settings, EngineMetrics("guard_second", registry))
+            return Guards(first, hosted, SecondGuard(hosted.moderator, CascadeMetrics(registry)))
+        if not settings.second_guard:
+            return Guards(first, None, None)
+        self._remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
+        return Guards(first, None, SecondGuard(self._remote, CascadeMetrics(registry)))
+
+    def _follow_policies(self) -> None:
+        files = PolicyFiles(self.settings, self._live, self._metrics, self._policy_reloads)
+        if self.settings.policies:
+            self.watcher.add(files.watched())
 
     def _serve_http(self) -> HttpServer:
         settings = self.settings
@@ -217,14 +228,10 @@ class GuardServer:
 
     def _answers(self) -> bool:
         """Liveness: a worker that died does not come back, so the process must be replaced."""
-        return self._live and self._door.state is not State.STUCK
+        return self._up and self._door.state is not State.STUCK
 
     def _describe(self, started_at: Timestamp) -> None:
         metrics = self._metrics
-        for policy in self._judge.policies.values():
-            metrics.policy_info.labels(
-                policy.name, policy.version, policy.digest, policy.mode.value
-            ).set(1)
         metrics.started.set(started_at.ToNanoseconds() / 1e9)
         metrics.ready.set(0)
 
@@ -246,25 +253,6 @@ def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
         lambda result, spans: metrics.trace_spans.labels(result).inc(spans),
     )
     return Traces(Spans(provider, settings.address), partial(exporting.end, provider))
-
-
-def loaded_policies(settings: Settings) -> dict[str, Policy]:
-    """The built-in policies and those of the settings' folders; raises PolicyError."""
-    return {**builtin_policies(), **load_policies(settings.policies)}
-
-
-def _check_policies(judge: Judge, card: ModelCard) -> None:
-    """Refuse a default policy that cannot be served, warn of others."""
-    judge.policy("")
-    for policy in judge.policies.values():
-        try:
-            judge.policy(policy.name)
-        except PolicyNotSupported as problem:
-            LOG.warning("requests for it are refused: %s", problem)
-            continue
-        unknown = {code for way in Direction for code in unknown_to(policy, card, way)}
-        if unknown:
-            LOG.info("policy %s: the model is not asked about %s", policy.name, sorted(unknown))
 
 
 def _check_free(settings: Settings) -> None:

@@ -18,7 +18,8 @@ from guard_service.cascade import FIRST, SECOND
 from guard_service.config import Settings
 from guard_service.errors import BatchTooLarge, GuardServiceError, InternalError
 from guard_service.interceptors import CALL
-from guard_service.judging import Judge
+from guard_service.judging import Judge, Judges
+from guard_service.live.reloads import Reloads
 from guard_service.moderation import Judgement
 from guard_service.stream import StreamBounds, judged
 from guard_service.wire import (
@@ -29,6 +30,7 @@ from guard_service.wire import (
     item_error_of,
     model_info_of,
     policy_summary_of,
+    reloads_of,
     verdict_of,
 )
 
@@ -40,27 +42,34 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Servicer(guard_pb2_grpc.GuardServiceServicer):
     """GuardService."""
 
-    judge: Judge
+    judges: Judges
     settings: Settings
     started_at: Timestamp
+    policy_reloads: Reloads | None = None
+    model_reloads: Reloads | None = None
 
     async def Classify(
         self, request: guard_pb2.ClassifyRequest, context: Context
     ) -> guard_pb2.ClassifyResponse:
         """Judge the last turn of one conversation."""
-        judgement = await self._judge(request, self._timeout_s(context))
+        with self.judges.held() as judge:
+            judgement = await self._judge(judge, request, self._timeout_s(context))
         images = fetched_of(judgement) if request.return_images else ()
         return guard_pb2.ClassifyResponse(verdict=verdict_of(judgement), images=images)
 
     async def ClassifyBatch(
         self, request: guard_pb2.ClassifyBatchRequest, context: Context
     ) -> guard_pb2.ClassifyBatchResponse:
-        """Judge many, item by item: one that fails does not fail the others."""
+        """Judge many, item by item, all by the same policies and models: one that fails does not
+        fail the others."""
         limit = self.settings.max_batch_items
         if len(request.requests) > limit:
             raise BatchTooLarge(f"{len(request.requests)} requests are over the limit of {limit}")
         timeout_s = self._timeout_s(context)
-        results = await asyncio.gather(*(self._item(item, timeout_s) for item in request.requests))
+        with self.judges.held() as judge:
+            results = await asyncio.gather(
+                *(self._item(judge, item, timeout_s) for item in request.requests)
+            )
         return guard_pb2.ClassifyBatchResponse(results=results)
 
     async def ClassifyStream(
@@ -69,7 +78,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         """Judge a reply while it grows."""
         settings = self.settings
         bounds = StreamBounds(self._sizes, settings.max_conversation_chars, settings.stream_idle_s)
-        verdicts = judged(request_iterator, self.judge, bounds, lambda: self._timeout_s(context))
+        verdicts = judged(request_iterator, self.judges, bounds, lambda: self._timeout_s(context))
         async with aclosing(verdicts):  # a caller who is gone holds nothing any more
             async for covered in verdicts:
                 CALL.get().note(covered.judgement)
@@ -83,18 +92,20 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         self, request: guard_pb2.ListPoliciesRequest, context: Context
     ) -> guard_pb2.ListPoliciesResponse:
         """The policies that requests may name."""
-        policies = sorted(self.judge.policies.items())
-        return guard_pb2.ListPoliciesResponse(
-            policies=[policy_summary_of(policy) for _, policy in policies],
-            default_policy=self.judge.default_policy,
-        )
+        with self.judges.held() as judge:
+            policies = sorted(judge.policies.items())
+            return guard_pb2.ListPoliciesResponse(
+                policies=[policy_summary_of(policy) for _, policy in policies],
+                default_policy=judge.default_policy,
+            )
 
     async def GetInfo(
         self, request: guard_pb2.GetInfoRequest, context: Context
     ) -> guard_pb2.GetInfoResponse:
         """What is running."""
         settings = self.settings
-        cards = await self.judge.cards()
+        with self.judges.held() as judge:
+            cards = await judge.cards()
         tiers = (FIRST, SECOND) if len(cards) > 1 else ("",)
         return guard_pb2.GetInfoResponse(
             version=__version__,
@@ -107,22 +118,26 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
                 default_deadline=duration_of(settings.default_deadline_s),
             ),
             started_at=self.started_at,
+            policy_reloads=reloads_of(self.policy_reloads) if self.policy_reloads else None,
+            model_reloads=reloads_of(self.model_reloads) if self.model_reloads else None,
         )
 
-    async def _judge(self, request: guard_pb2.ClassifyRequest, timeout_s: float) -> Judgement:
-        policy = self.judge.policy(request.policy, request.as_second)
+    async def _judge(
+        self, judge: Judge, request: guard_pb2.ClassifyRequest, timeout_s: float
+    ) -> Judgement:
+        policy = judge.policy(request.policy, request.as_second)
         conversation = conversation_of(request.conversation, self._sizes)
-        judgement = await self.judge.judge(
+        judgement = await judge.judge(
             conversation, policy, request.language, timeout_s, request.no_cache
         )
         CALL.get().note(judgement)
         return judgement
 
     async def _item(
-        self, request: guard_pb2.ClassifyRequest, timeout_s: float
+        self, judge: Judge, request: guard_pb2.ClassifyRequest, timeout_s: float
     ) -> guard_pb2.ClassifyResult:
         try:
-            judgement = await self._judge(request, timeout_s)
+            judgement = await self._judge(judge, request, timeout_s)
             return guard_pb2.ClassifyResult(verdict=verdict_of(judgement))
         except GuardServiceError as error:
             return guard_pb2.ClassifyResult(error=item_error_of(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from guard_api.v1 import guard_pb2
@@ -14,7 +15,7 @@ from guard_service.errors import (
     GuardServiceError,
     InvalidStream,
 )
-from guard_service.judging import Judge
+from guard_service.judging import Judge, Judges
 from guard_service.moderation import Judgement
 from guard_service.wire import Sizes, conversation_of
 
@@ -42,15 +43,28 @@ class Covered:
 
 
 async def judged(
-    steps: Steps, judge: Judge, bounds: StreamBounds, timeout_s: Callable[[], float]
+    steps: Steps, judges: Judges, bounds: StreamBounds, timeout_s: Callable[[], float]
 ) -> AsyncGenerator[Covered]:
     """Verdicts at the policy's cadence, where a piece asks for one, and on the whole reply.
 
     Pieces that arrive while a verdict is being made are judged together, up to one that asks for a
-    check. The policy is the one that was loaded at the start. Raises GuardServiceError; steps out
-    of order are InvalidStream, and so is a stream that closes before its end.
+    check. Policy and model are those that were loaded at the start. Raises GuardServiceError; steps
+    out of order are InvalidStream, and so is a stream that closes before its end.
     """
     start = await _started(steps, bounds.idle_s)
+    with judges.held() as judge:
+        async with aclosing(_judged(start, steps, judge, bounds, timeout_s)) as verdicts:
+            async for covered in verdicts:
+                yield covered
+
+
+async def _judged(
+    start: guard_pb2.StreamStart,
+    steps: Steps,
+    judge: Judge,
+    bounds: StreamBounds,
+    timeout_s: Callable[[], float],
+) -> AsyncGenerator[Covered]:
     policy = judge.policy(start.policy)
     conversation = conversation_of(start.conversation, bounds.sizes)
     queue: asyncio.Queue[guard_pb2.StreamPiece | GuardServiceError] = asyncio.Queue(PIECES_AHEAD)

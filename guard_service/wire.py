@@ -22,6 +22,7 @@ from guard_service.conversation import (
 )
 from guard_service.engines import ModelCard
 from guard_service.errors import GuardServiceError, InvalidRequest
+from guard_service.live.reloads import Reloads
 from guard_service.moderation import Judgement
 from guard_service.prompt import PartReport
 
@@ -299,6 +300,15 @@ def model_info_of(card: ModelCard, tier: str = "") -> guard_pb2.ModelInfo:
         parameters=card.parameters,
         window_tokens=card.window_tokens,
     )
+
+
+def reloads_of(reloads: Reloads) -> guard_pb2.Reloads:
+    """How exchanging policies or models has gone."""
+    found = guard_pb2.Reloads(generation=reloads.generation, problems=reloads.places)
+    found.loaded_at.FromNanoseconds(reloads.loaded_ns)
+    if reloads.failed_ns is not None:
+        found.failed_at.FromNanoseconds(reloads.failed_ns)
+    return found
 
 
 def item_error_of(error: GuardServiceError) -> guard_pb2.ItemError:

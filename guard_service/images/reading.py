@@ -50,7 +50,7 @@ class ImageReader:
         on_read: Callable[[str], None] = lambda result: None,
     ) -> None:
         self._decoder = decoder
-        self._fetcher = fetcher
+        self._fetcher = fetcher  # None as long as no policy has images fetched
         self._bounds = bounds
         self._on_read = on_read
         self._reading = asyncio.Semaphore(READING)
@@ -60,6 +60,13 @@ class ImageReader:
     def held_bytes(self) -> int:
         """Bytes of all images that somebody still has."""
         return self._decoder.held_bytes
+
+    def prepare_for(self, policies: Iterable[Policy], timeout_s: float) -> None:
+        """Have a fetcher when a policy wants images fetched. Raises PolicyNotSupported when nothing
+        is there to do it with."""
+        wanted = [policy.name for policy in policies if policy.image_uris.hosts]
+        if wanted and self._fetcher is None:
+            self._fetcher = _fetcher(timeout_s, wanted[0])
 
     async def start(self) -> None:
         """Start a process that decodes; raises NotAssessed, or Refused, when it does not work."""
@@ -149,21 +156,16 @@ class ImageReader:
             raise Refused(Reason.URI_MALFORMED) from None
 
 
-def image_reader(
-    settings: Settings, policies: Iterable[Policy], on_read: Callable[[str], None]
-) -> ImageReader:
-    """As set. Raises PolicyNotSupported when a policy wants images fetched and nothing is there to
-    do it with."""
+def image_reader(settings: Settings, on_read: Callable[[str], None]) -> ImageReader:
+    """As set, and for policies that have nothing fetched."""
     bounds = DecoderBounds(
         workers=settings.image_workers,
         pixels=settings.max_image_pixels,
         timeout_s=settings.image_timeout_s,
         held_bytes=settings.image_bytes,
     )
-    fetching = [policy.name for policy in policies if policy.image_uris.hosts]
-    fetcher = _fetcher(settings.fetch_timeout_s, fetching[0]) if fetching else None
     limits = ImageBounds(settings.max_images, settings.max_image_bytes)
-    return ImageReader(Decoder(bounds), fetcher, limits, on_read)
+    return ImageReader(Decoder(bounds), None, limits, on_read)
 
 
 def _fetcher(timeout_s: float, policy: str) -> Fetcher:

@@ -36,6 +36,7 @@ def series() -> dict[str, set[str]]:
     groups = (
         scraped,
         service.CascadeMetrics(scraped.registry),
+        service.ReloadMetrics("guard_policy", scraped.registry),
         service.SecurityMetrics(scraped.registry),
         service.EngineMetrics("guard_second", scraped.registry),
         middleware.Metrics(CollectorRegistry()),

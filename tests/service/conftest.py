@@ -10,10 +10,11 @@ from typing import Any
 import grpc
 import pytest
 
-from guard_policies.loader import builtin_policies, parse_policy
+from guard_policies.loader import parse_policy
 from guard_service.config import Settings
 from guard_service.engines import Engine
 from guard_service.engines.fake import FakeEngine
+from guard_service.live.policies import loaded_policies
 from guard_service.server import GuardServer
 from guard_service.tracing import Traces
 from tests.middleware.fake_service import FakeService, serving, socket_in
@@ -26,7 +27,7 @@ RunGuard = Callable[..., Awaitable[Running]]
 async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
     """Starts servers on unix sockets: `await run_guard(engine, policies=[yaml, ...], knob=value)`.
 
-    They are stopped when the test ends.
+    The policies of `folders` are those that a server reloads. They are stopped when the test ends.
     """
     async with AsyncExitStack() as stack:
 
@@ -35,13 +36,15 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
             policies: tuple[str, ...] = (),
             second: Engine | None = None,
             traces: Traces | None = None,
+            folders: tuple[Path, ...] = (),
             **knobs: Any,
         ) -> Running:
             engine = engine or FakeEngine()
             private: dict[str, Any] = {"host": f"unix:{tmp_path / 'socket'}", "metrics": False}
+            settings = Settings(**(private | knobs), policies=folders)
             own = {policy.name: policy for policy in map(parse_policy, policies)}
             server = GuardServer(
-                Settings(**(private | knobs)), engine, {**builtin_policies(), **own}, second, traces
+                settings, engine, {**loaded_policies(settings), **own}, second, traces
             )
             await server.start()
             stack.push_async_callback(server.stop, 0.0)

@@ -706,6 +706,8 @@ class GetInfoResponse(google.protobuf.message.Message):
     MODELS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     STARTED_AT_FIELD_NUMBER: builtins.int
+    POLICY_RELOADS_FIELD_NUMBER: builtins.int
+    MODEL_RELOADS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """version of the service."""
     @property
@@ -720,6 +722,14 @@ class GetInfoResponse(google.protobuf.message.Message):
     def started_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """started_at is when the service began to serve."""
 
+    @property
+    def policy_reloads(self) -> Global___Reloads:
+        """policy_reloads tells of the policies; not set by servers that do not reload."""
+
+    @property
+    def model_reloads(self) -> Global___Reloads:
+        """model_reloads tells of the models; not set by servers that do not reload."""
+
     def __init__(
         self,
         *,
@@ -727,11 +737,52 @@ class GetInfoResponse(google.protobuf.message.Message):
         models: collections.abc.Iterable[Global___ModelInfo] | None = ...,
         limits: Global___Limits | None = ...,
         started_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        policy_reloads: Global___Reloads | None = ...,
+        model_reloads: Global___Reloads | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["limits", b"limits", "models", b"models", "started_at", b"started_at", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "model_reloads", b"model_reloads", "policy_reloads", b"policy_reloads", "started_at", b"started_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits", "model_reloads", b"model_reloads", "models", b"models", "policy_reloads", b"policy_reloads", "started_at", b"started_at", "version", b"version"]) -> None: ...
 
 Global___GetInfoResponse: typing_extensions.TypeAlias = GetInfoResponse
+
+@typing.final
+class Reloads(google.protobuf.message.Message):
+    """Reloads tells how exchanging policies, or models, while the server runs has gone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: builtins.int
+    LOADED_AT_FIELD_NUMBER: builtins.int
+    FAILED_AT_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    generation: builtins.int
+    """generation counts what was used since the start, from 1; servers count each for itself."""
+    @property
+    def loaded_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """loaded_at is when what is used now began to be used."""
+
+    @property
+    def failed_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """failed_at is when the last attempt failed; not set when it did not. What was used is still used."""
+
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """problems of that attempt: "file:line:column", or a word for their kind. The server's log has
+        the texts.
+        """
+
+    def __init__(
+        self,
+        *,
+        generation: builtins.int = ...,
+        loaded_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        failed_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["failed_at", b"failed_at", "loaded_at", b"loaded_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failed_at", b"failed_at", "generation", b"generation", "loaded_at", b"loaded_at", "problems", b"problems"]) -> None: ...
+
+Global___Reloads: typing_extensions.TypeAlias = Reloads
 
 @typing.final
 class ModelInfo(google.protobuf.message.Message):

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives import serialization as form
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
 from guard_service.config import Settings
 from guard_service.engines.fake import FakeEngine
+from guard_service.live.policies import loaded_policies
 from guard_service.security.certificates import CertificateError, TlsFiles
-from guard_service.server import GuardServer, loaded_policies
+from guard_service.server import GuardServer
 from tests.service.asking import Running
 from tests.service.conftest import RunGuard
 from tests.service.security.issuing import DAY, Authority, Issued, secure_channel

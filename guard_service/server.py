@@ -320,7 +320,7 @@ def _engine(settings: Settings, model: str) -> Engine:
 
 
 @contextmanager
-def local_server(settings: Settings) -> Iterator[str]:
+def local_server(settings: Settings, traces: Traces | None = None) -> Iterator[str]:
     """A server on a private unix socket, in a thread of this process; yields the gRPC target."""
     with tempfile.TemporaryDirectory(prefix="guard-") as folder:  # readable by this user only
         private = replace(
@@ -332,7 +332,7 @@ def local_server(settings: Settings) -> Iterator[str]:
             tls_client_ca=None,
         )
         with engines_of(private) as (engine, second):
-            server = GuardServer(private, engine, loaded_policies(private), second)
+            server = GuardServer(private, engine, loaded_policies(private), second, traces)
             with _in_thread(server):
                 yield server.address
 

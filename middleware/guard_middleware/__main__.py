@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All that a sidecar forwards is a model's, unless told otherwise.
         environment = {f"{ENVIRONMENT_PREFIX}GUARDED": "/", **os.environ}
         sidecar = Sidecar(Places(**places), from_flags(given, environment))
-    except (SettingsError, ValueError) as wrong:
+    except (SettingsError, ValueError, OSError) as wrong:
         print(f"the settings are wrong:\n{wrong}", file=sys.stderr)
         return USAGE
     sidecar.run()

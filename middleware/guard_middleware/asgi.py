@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guard_middleware.bodies import has_body, without_body
 from guard_middleware.context import Context
@@ -17,6 +17,10 @@ from guard_middleware.metrics import Metrics, shared
 from guard_middleware.routes import Rule, routes
 from guard_middleware.settings import Settings, from_environment
 from guard_middleware.shadow import Shadows
+from guard_middleware.tracing import tracing_of
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 LOG = logging.getLogger(__name__)
 
@@ -26,7 +30,8 @@ class GuardMiddleware:
 
     `guard` is an address, a Guard, or nothing: then the settings say which, and they name a guard
     in this process unless told otherwise. Settings come from the environment (GUARDED_*)
-    and from keywords, which go first; or they are given as a whole. Raises SettingsError.
+    and from keywords, which go first; or they are given as a whole. With `tracing`, spans go to
+    `tracer_provider`, or to the application's own. Raises SettingsError.
     """
 
     def __init__(
@@ -36,15 +41,17 @@ class GuardMiddleware:
         *,
         settings: Settings | None = None,
         metrics: Metrics | None = None,
+        tracer_provider: TracerProvider | None = None,
         **given: Any,
     ) -> None:
         if isinstance(guard, str):
             given["guard"] = guard
         self.settings = settings or from_environment(**given)
+        tracing = tracing_of(self.settings, tracer_provider)
         self.guard: Guard = (
-            open_guard(self.settings) if guard is None or isinstance(guard, str) else guard
+            open_guard(self.settings, tracing) if guard is None or isinstance(guard, str) else guard
         )
-        self._context = Context(app, self.guard, self.settings, metrics or shared())
+        self._context = Context(app, self.guard, self.settings, metrics or shared(), tracing)
         self._app = app
         self._shadows = Shadows(self._context) if self.settings.mode == "shadow" else None
         rules = routes(FORMATS, self.settings.guarded, self.settings.passes, self.settings.unknown)

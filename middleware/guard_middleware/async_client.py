@@ -27,6 +27,7 @@ from guard_middleware.service_info import (
 )
 from guard_middleware.stream_watch import Watch
 from guard_middleware.terms import Terms
+from guard_middleware.tracing import metadata
 from guard_middleware.turns import Turns, direction_of
 from guard_middleware.verdict import Outcome, PolicyRef, SeenImage, StreamOutcome
 from guard_policies.assessment import Direction
@@ -141,7 +142,9 @@ class AsyncGuardClient:
         except GuardError as shut:
             yield reader.failed(shut, policy, self._fallback)
             return
-        call = self._stub.ClassifyStream(timeout=limit, metadata=tuple(self._terms.metadata))
+        call = self._stub.ClassifyStream(
+            timeout=limit, metadata=(*self._terms.metadata, *metadata())
+        )
         watch = Watch(self._terms.timeout_s)
         sender = asyncio.create_task(_send(call, start, pieces, watch), name="guard-stream-sender")
         try:
@@ -208,7 +211,9 @@ class AsyncGuardClient:
         while True:
             try:
                 reply = await method(
-                    request, timeout=attempts.next_s(), metadata=tuple(self._terms.metadata)
+                    request,
+                    timeout=attempts.next_s(),
+                    metadata=(*self._terms.metadata, *metadata()),
                 )
                 self._breaker.settle(None)
                 return reply

@@ -12,6 +12,7 @@ from guard_middleware.messages import App, Header
 from guard_middleware.metrics import Metrics
 from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
+from guard_middleware.tracing import Tracing
 from guard_policies.schema import DEFAULT_REFUSAL, Stream, Unscannable
 
 
@@ -23,6 +24,7 @@ class Context:
     guard: Guard
     settings: Settings
     metrics: Metrics
+    tracing: Tracing | None = None
 
 
 async def in_force(settings: Settings, guard: Guard) -> Settings:

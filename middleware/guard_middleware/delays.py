@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from guard_middleware.metrics import Metrics
+from guard_middleware.tracing import exemplar
 
 
 class Delays:
@@ -42,10 +43,10 @@ class Delays:
         if text and not self._given and self._first_at is not None:
             self._given = True
             held_s = self._clock() - self._first_at
-            self._metrics.first_text_seconds.observe(self._waited_s + held_s)
+            self._metrics.first_text_seconds.observe(self._waited_s + held_s, exemplar())
 
     def gave_all(self) -> None:
         """The client was given all of it."""
         if self._end_at is not None:
             held_s = self._clock() - self._end_at
-            self._metrics.end_seconds.observe(self._waited_s + held_s)
+            self._metrics.end_seconds.observe(self._waited_s + held_s, exemplar())

@@ -16,6 +16,7 @@ from guard_middleware.messages import Message, Receive, Scope, Send, answer, is_
 from guard_middleware.relay import Relay
 from guard_middleware.reports import report
 from guard_middleware.strict_json import Json, Malformed, dump, parse
+from guard_middleware.tracing import exchange, exemplar
 from guard_middleware.verdict import Outcome
 from guard_policies.assessment import Direction
 
@@ -44,14 +45,19 @@ class Exchange:
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it to its end. The client's leaving ends all that was begun for it."""
-        metrics = self._context.metrics
-        with metrics.in_progress.track_inprogress():
+        context = self._context
+        with (
+            context.metrics.in_progress.track_inprogress(),
+            exchange(context.tracing, scope, self._format.name) as span,
+        ):
             try:
                 await self._run(scope, receive, send)
             except Gone:
                 self.result = "gone"
             finally:
                 self._report()
+                if span is not None:
+                    span.tell(self._id, self.result, len(self._outcomes))
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._context.settings
@@ -148,7 +154,7 @@ class Exchange:
     async def _rule(self, asked: Asked) -> Ruling:
         began = time.perf_counter()
         ruling = await rule(self._context.guard, asked, self._context.settings)
-        self._context.metrics.prompt_seconds.observe(time.perf_counter() - began)
+        self._context.metrics.prompt_seconds.observe(time.perf_counter() - began, exemplar())
         self._outcomes += ((Direction.PROMPT, one) for one in ruling.outcomes)
         return ruling
 

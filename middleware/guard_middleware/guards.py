@@ -24,6 +24,7 @@ from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
 from guard_middleware.targets import check_reachable
 from guard_middleware.terms import Terms
+from guard_middleware.tracing import Tracing, guard_call
 from guard_middleware.turns import direction_of
 from guard_middleware.verdict import Outcome, SeenImage, StreamOutcome, Unjudged
 from guard_policies.assessment import Action, Direction
@@ -81,7 +82,8 @@ class RemoteGuard:
         try:
             client = await self._client()
             items = [Item(one, settings.policy, settings.language) for one in conversations]
-            entries = await client.classify_batch(items)
+            with guard_call("ClassifyBatch", settings.guard):
+                entries = await client.classify_batch(items)
         except GuardError as error:
             return [self._settled(_blocked(error), way) for way in directions]
         return [
@@ -99,10 +101,11 @@ class RemoteGuard:
             stream = client.classify_stream(
                 conversation, pieces, policy=settings.policy, language=settings.language
             )
-            async with aclosing(stream) as outcomes:  # type: ignore[type-var]
-                async for one in outcomes:
-                    settled = self._settled(one.outcome, Direction.RESPONSE)
-                    yield dataclasses.replace(one, outcome=settled)
+            with guard_call("ClassifyStream", settings.guard):
+                async with aclosing(stream) as outcomes:  # type: ignore[type-var]
+                    async for one in outcomes:
+                        settled = self._settled(one.outcome, Direction.RESPONSE)
+                        yield dataclasses.replace(one, outcome=settled)
         except GuardError as error:
             yield StreamOutcome(self._settled(_blocked(error), Direction.RESPONSE), 0, final=True)
 
@@ -111,7 +114,10 @@ class RemoteGuard:
         settings = self._settings
         try:
             client = await self._client()
-            seen = await client.image_at(url, policy=settings.policy, language=settings.language)
+            with guard_call("Classify", settings.guard):
+                seen = await client.image_at(
+                    url, policy=settings.policy, language=settings.language
+                )
         except GuardError as error:
             seen = SeenImage(_blocked(error))
         return dataclasses.replace(seen, outcome=self._settled(seen.outcome, Direction.PROMPT))
@@ -160,8 +166,11 @@ class RemoteGuard:
 class LocalGuard(RemoteGuard):
     """A guard in a thread of this process, behind a private socket; opened on first use."""
 
-    def __init__(self, settings: Settings, terms: Terms | None = None) -> None:
+    def __init__(
+        self, settings: Settings, terms: Terms | None = None, tracing: Tracing | None = None
+    ) -> None:
         super().__init__(settings, terms)
+        self._tracing = tracing
         self._served: AbstractContextManager[str] | None = None
         self._opening: asyncio.Task[None] | None = None
 
@@ -185,7 +194,7 @@ class LocalGuard(RemoteGuard):
     async def _open(self) -> None:
         from guard_middleware import in_process  # heavy: only where it is asked for
 
-        served = in_process.served(self._settings.model)
+        served = in_process.served(self._settings.model, self._tracing)
         try:
             target = await asyncio.to_thread(served.__enter__)
         except Exception as error:
@@ -219,9 +228,9 @@ def _tls(settings: Settings) -> TLS | None:
     return TLS(roots, certificate, key, settings.guard_tls_name)
 
 
-def open_guard(settings: Settings) -> Guard:
+def open_guard(settings: Settings, tracing: Tracing | None = None) -> Guard:
     """The guard that the settings name; nothing is dialled or loaded yet."""
-    return RemoteGuard(settings) if settings.guard else LocalGuard(settings)
+    return RemoteGuard(settings) if settings.guard else LocalGuard(settings, tracing=tracing)
 
 
 _CALLERS = frozenset(

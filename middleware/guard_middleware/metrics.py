@@ -52,6 +52,12 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        self.trace_spans = Counter(
+            name("trace_spans"),
+            "Spans that a sidecar's exporter of traces was given, by result: sent, failed",
+            ("result",),
+            registry=registry,
+        )
         self.in_progress = Gauge(
             name("in_progress"), "Screened requests under way", registry=registry
         )

@@ -33,6 +33,7 @@ from guard_middleware.guards import Conversation
 from guard_middleware.messages import Message, Receive, Scope, Send, StreamedAnswer, answer, is_last
 from guard_middleware.screening import Screen
 from guard_middleware.strict_json import Malformed, parse
+from guard_middleware.tracing import upstream
 from guard_middleware.verdict import Outcome
 
 LOG = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ class Relay:
 
     async def _run(self, scope: Scope, receive: Receive) -> None:
         try:
-            await self._context.app(scope, receive, self._take)
+            with upstream(scope, self._format.name) as scope:
+                await self._context.app(scope, receive, self._take)
         except Exception as failure:
             self._failure = failure
             if self._start is not None:

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from contextvars import copy_context
 from dataclasses import dataclass
 
 from guard_middleware.calls import Piece
@@ -49,6 +50,7 @@ class Screen:
         self._prompt_of = prompt_of
         self._settings = settings
         self._channels: dict[Channel, _Growing] = {}
+        self.around = copy_context()  # not the application's, whose work it may be to add events
         self._held: deque[_Held] = deque()
         self._held_chars = 0
         self._changed = asyncio.Event()
@@ -186,7 +188,9 @@ class _Growing:
         self._checked = 0  # and up to which the guard has been told so
         self._ending = False
         self._wake = asyncio.Event()
-        self.task = asyncio.create_task(self._judge(guard, prompt), name="guard-channel")
+        self.task = asyncio.create_task(
+            self._judge(guard, prompt), name="guard-channel", context=screen.around.copy()
+        )
 
     def add(self, text: str) -> None:
         self.chars += len(text)

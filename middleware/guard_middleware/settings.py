@@ -58,6 +58,11 @@ class Settings:
     guard_open_s: float = _knob(2.0, "for so long; then one call tries", 0.001, 3600)
     guard_stream_timeout_s: float = _knob(3600.0, "for the verdicts on one whole stream", 0.001)
 
+    tracing: str = _choice(
+        "off",
+        "spans of screened requests, to the application's OpenTelemetry, or OTEL_* for a sidecar",
+        "on",
+    )
     mode: str = _choice("enforce", "shadow judges and reports, and changes nothing", "shadow")
     refusal: str = _knob(
         "", "what is said in place of what was blocked; empty: what the policy says, in `language`"

@@ -8,20 +8,26 @@ import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY
+from prometheus_client.exposition import choose_encoder
 
 from guard_middleware.asgi import GuardMiddleware
+from guard_middleware.bodies import header
 from guard_middleware.formats.contract import Answer
 from guard_middleware.guards import Guard
 from guard_middleware.messages import Receive, Scope, Send, answer
+from guard_middleware.metrics import shared
 from guard_middleware.proxy import Proxy
 from guard_middleware.settings import Settings
+from guard_middleware.tracing import without_opentelemetry
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 LOG = logging.getLogger(__name__)
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,10 @@ class Sidecar:
         """With the guard that the settings name, or another. Raises ValueError for places that are
         none."""
         self._proxy = Proxy(places.upstream, places.connect_timeout_s, places.read_timeout_s)
-        self.middleware = GuardMiddleware(self._proxied, guard, settings=settings)
+        self._traces = _traces(settings)
+        self.middleware = GuardMiddleware(
+            self._proxied, guard, settings=settings, tracer_provider=self._traces
+        )
         self.server = _Unsignalled(
             uvicorn.Config(
                 self.middleware,
@@ -93,6 +102,10 @@ class Sidecar:
         finally:
             self.admin.should_exit = True
             await beside
+            if self._traces is not None:
+                from guard_service import exporting
+
+                await asyncio.to_thread(exporting.end, self._traces)
 
     async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -114,7 +127,8 @@ class Sidecar:
             case "/readyz":
                 await answer(send, await self._readiness())
             case "/metrics":
-                await answer(send, Answer(200, METRICS_TYPE, generate_latest()))
+                encode, kind = choose_encoder(header(scope["headers"], b"accept"))
+                await answer(send, Answer(200, kind, encode(REGISTRY)))
             case _:
                 await answer(send, Answer(404, "text/plain", b"/livez, /readyz, /metrics\n"))
 
@@ -134,6 +148,22 @@ class _Unsignalled(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _traces(settings: Settings) -> TracerProvider | None:
+    """Where spans go, by OpenTelemetry's own variables. Raises SettingsError, and OSError where
+    they name what is not there."""
+    if settings.tracing == "off":
+        return None
+    try:
+        from guard_service import __version__, exporting
+    except ModuleNotFoundError as missing:
+        raise without_opentelemetry(missing) from missing
+    return exporting.provider(
+        "guard-sidecar",
+        __version__,
+        lambda result, spans: shared().trace_spans.labels(result).inc(spans),
+    )
 
 
 def _word(well: bool) -> str:

@@ -6,10 +6,12 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 
-from tests.chaos.ledger import Faults
-from tests.chaos.stage import FIRST, GUARD_TIMEOUT_S, SECOND, STARTER, UPSTREAM, Stage
+from tests.chaos.ledger import Faults, Ledger
+from tests.chaos.stage import FIRST, GUARD_TIMEOUT_S, RELOAD_S, SECOND, STARTER, UPSTREAM, Stage
 
+PATIENCE_S, _LOOK_S = 60.0, 0.1
 Fault = Callable[[], Awaitable[None]]
 
 
@@ -17,10 +19,16 @@ class Breaking:
     """Breaks what stands on a stage, in an order that the seed decides."""
 
     def __init__(
-        self, stage: Stage, faults: Faults, draw: random.Random, say: Callable[[str], None]
+        self,
+        stage: Stage,
+        faults: Faults,
+        ledger: Ledger,
+        draw: random.Random,
+        say: Callable[[str], None],
     ) -> None:
         self._stage = stage
         self._faults = faults
+        self._ledger = ledger
         self._draw = draw
         self._say = say
 
@@ -34,6 +42,8 @@ class Breaking:
             "guard hangs for long": lambda: self._hang(
                 (FIRST, SECOND), (GUARD_TIMEOUT_S, 2 * GUARD_TIMEOUT_S)
             ),
+            "certificate renewed": self._renew_keys,
+            "certificate spoiled": self._spoil_keys,
         }
 
     async def go_on(self, names: Sequence[str] = ()) -> AsyncIterator[str]:
@@ -57,6 +67,27 @@ class Breaking:
         await asyncio.sleep(self._draw.uniform(0.0, 2.0))
         await process.start()
         self._faults.end(name)
+
+    async def _renew_keys(self) -> None:
+        """Explains nothing: no caller may notice."""
+        self._stage.keys.renew()
+        port = int(self._stage.targets[STARTER].rpartition(":")[2])
+        await self._until(lambda: self._stage.keys.shown(port), "the new certificate is in use")
+
+    async def _spoil_keys(self) -> None:
+        """The last good one stays, then comes another."""
+        self._stage.keys.spoil()
+        await asyncio.sleep(2 * RELOAD_S)
+        await self._renew_keys()
+
+    async def _until(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
+        """Wait for it; where it does not come about it counts as wrong."""
+        for _ in range(int(PATIENCE_S / _LOOK_S)):
+            with suppress(OSError, TimeoutError):
+                if await holds():
+                    return
+            await asyncio.sleep(_LOOK_S)
+        self._ledger.wrong("wrong", f"not within {PATIENCE_S:g} s: {what}")
 
     async def _hang(self, names: Sequence[str], seconds: tuple[float, float]) -> None:
         name = self._draw.choice(names)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -16,10 +17,12 @@ from tests.chaos.journal import now
 from tests.chaos.ledger import Faults, Ledger
 from tests.chaos.script import UNSAFE_WORD
 from tests.chaos.truth import ADVICE, NOISE, SHIELD, Known, Policies, action_of, fake_knows, said
+from tests.service.security.issuing import secure_channel
 
 DEADLINE_S = 20.0
 _AFTER_S = 10.0  # behind its deadline a call that has not ended is lost
 _LEAVES = 0.05  # of calls, whose callers vanish
+_ANEW = 0.2  # on connections of their own
 _TOO_LARGE = 5 * 2**20
 
 
@@ -30,11 +33,18 @@ class Guard:
     name: str
     channel: grpc.aio.Channel
     knows: Sequence[Known] = ()
+    opens: Callable[[], grpc.aio.Channel] | None = None  # a connection of its own, with TLS
 
     @classmethod
-    def at(cls, name: str, target: str, knows: Sequence[Known] = ()) -> Guard:
-        """Inside the loop that uses it."""
-        return cls(name, open_aio_channel(target, None), knows)
+    def at(
+        cls, name: str, target: str, knows: Sequence[Known] = (), roots: bytes | None = None
+    ) -> Guard:
+        """Inside the loop that uses it; with `roots` by TLS."""
+        if roots is None:
+            return cls(name, open_aio_channel(target, None), knows)
+        return cls(
+            name, secure_channel(target, roots), knows, lambda: secure_channel(target, roots)
+        )
 
     @property
     def stub(self) -> guard_pb2_grpc.GuardServiceAsyncStub:
@@ -42,6 +52,15 @@ class Guard:
         stub: guard_pb2_grpc.GuardServiceAsyncStub
         stub = guard_pb2_grpc.GuardServiceStub(self.channel)
         return stub
+
+    @asynccontextmanager
+    async def anew(self) -> AsyncIterator[Guard]:
+        """The same guard through a handshake of its own, where it has TLS."""
+        if self.opens is None:
+            yield self
+            return
+        async with self.opens() as channel:
+            yield replace(self, channel=channel)
 
 
 class Caller:
@@ -74,7 +93,7 @@ class Caller:
         name = f"{kind}, {guard.name}"
         self._ledger.asked[name] += 1
         began = now()
-        work = asyncio.ensure_future(kinds[kind][0](guard))
+        work = asyncio.ensure_future(self._made(kinds[kind][0], guard))
         leaves = self._draw.random() < _LEAVES
         try:
             async with asyncio.timeout(
@@ -91,6 +110,12 @@ class Caller:
             if not self._faults.explain((guard.name,), began):
                 self._ledger.wrong("unexplained", f"{name}: {result} {error.details()}")
         self._ledger.ended[name, result] += 1
+
+    async def _made(self, call: Callable[[Guard], Awaitable[str]], guard: Guard) -> str:
+        if self._draw.random() < _ANEW:
+            async with guard.anew() as apart:
+                return await call(apart)
+        return await call(guard)
 
     def _ask(self, guard: Guard) -> tuple[Known, guard_pb2.ClassifyRequest]:
         known = (

@@ -66,7 +66,9 @@ class _Load:
 
     async def breaks(self) -> None:
         """Break things, and sample what processes hold once they are warm."""
-        breaking = Breaking(self.stage, self.faults, random.Random(self.plan.seed), say)
+        breaking = Breaking(
+            self.stage, self.faults, self.ledger, random.Random(self.plan.seed), say
+        )
         warm = False
         async for _ in breaking.go_on(self.plan.names):
             if self.over.is_set():
@@ -124,7 +126,9 @@ async def _run(plan: Plan, folder: Path, prepare: Callable[[Stage], None]) -> re
         for process in stage.processes.values():
             await process.sample(report.START)
         guards = [
-            Guard.at(name, target, knows if name == STARTER else ())
+            Guard.at(name, target, knows, stage.keys.root)
+            if name == STARTER
+            else Guard.at(name, target)
             for name, target in stage.targets.items()
         ]
         load.began = time.monotonic()

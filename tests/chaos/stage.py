@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.chaos.chats import Door
 from tests.chaos.journal import Journals
+from tests.chaos.keys import Keys
 from tests.chaos.processes import Process, free_ports
 from tests.chaos.truth import SHIELD, Policies
 from tests.chaos.upstream import ARRIVED
@@ -18,6 +19,7 @@ from tests.chaos.upstream import ARRIVED
 GUARD_TIMEOUT_S = 4.0  # of sidecar and application, for one verdict
 STARTER, FIRST, SECOND, UPSTREAM = "starter", "guard-1", "guard-2", "upstream"
 SIDECAR, APP = "sidecar", "app"
+RELOAD_S = 1.0
 _CACHED = "500"  # verdicts: so few that the cache is full once a run has warmed up
 _SETTLE_S = 60.0
 _OPEN = re.compile(r"^(?:guard_in_flight|guard_middleware_in_progress)(?:\{.*\})? (\S+)$", re.M)
@@ -32,6 +34,7 @@ class Stage:
     processes: dict[str, Process]
     targets: dict[str, str]  # of guards, for gRPC
     doors: tuple[Door, ...]
+    keys: Keys  # of the starter guard
     admin: dict[str, int]  # ports that tell metrics
 
     async def start(self) -> None:
@@ -66,7 +69,7 @@ class Stage:
 
 def built(folder: Path, policies: Policies) -> Stage:
     """A stage whose processes have not been started; files go into the folder."""
-    ports = iter(free_ports(10))
+    ports, keys = iter(free_ports(10)), Keys(folder)
     targets: dict[str, str] = {}
     admin: dict[str, int] = {}
     processes: dict[str, Process] = {}
@@ -82,7 +85,10 @@ def built(folder: Path, policies: Policies) -> Stage:
             "cache-entries": _CACHED,
             "session-bytes": 16 * 2**20,
             "kernel-plan": "stored",
+            "reload-s": RELOAD_S,
         }
+        if name == STARTER:
+            flags |= {"tls-cert": keys.cert, "tls-key": keys.key}
         arguments = [str(folder / f"{name}.judged"), *_flags(flags)]
         targets[name], admin[name] = f"127.0.0.1:{port}", http
         processes[name] = Process(
@@ -124,7 +130,8 @@ def built(folder: Path, policies: Policies) -> Stage:
         },
     )
     doors = (Door(SIDECAR, listen, (FIRST, UPSTREAM)), Door(APP, app, (SECOND,)))
-    return Stage(folder, policies, processes, targets, doors, {**admin, SIDECAR: beside, APP: app})
+    admin |= {SIDECAR: beside, APP: app}
+    return Stage(folder, policies, processes, targets, doors, keys, admin)
 
 
 def _screens() -> dict[str, str]:

@@ -38,7 +38,7 @@ class Unpacker:
         elif coding == "deflate":
             self._inflate = zlib.decompressobj()
         else:
-            raise Encoded(f"content coding {coding[:20]!r} is not supported; send gzip or none")
+            raise Encoded("the content's coding is not supported; send gzip, deflate or none")
 
     def feed(self, data: bytes) -> bytes:
         """What these bytes unpack to."""

@@ -92,7 +92,7 @@ def built(folder: Path, policies: Policies) -> Stage:
         arguments = [str(folder / f"{name}.judged"), *_flags(flags)]
         targets[name], admin[name] = f"127.0.0.1:{port}", http
         processes[name] = Process(
-            name, "tests.chaos.guard", arguments, folder, _ready(http, "/readyz")
+            name, "tests.chaos.guard", arguments, folder, ready_at(http, "/readyz")
         )
     upstream, listen, beside, app = (next(ports) for _ in range(4))
     processes[UPSTREAM] = Process(
@@ -100,7 +100,7 @@ def built(folder: Path, policies: Policies) -> Stage:
         "uvicorn",
         _uvicorn("alone", upstream),
         folder,
-        _ready(upstream, "/health"),
+        ready_at(upstream, "/health"),
         {ARRIVED: str(folder / f"{UPSTREAM}.arrived")},
     )
     flags = {
@@ -114,7 +114,7 @@ def built(folder: Path, policies: Policies) -> Stage:
         "guard_middleware",
         _flags({**flags, **_screens()}),
         folder,
-        _ready(beside, "/readyz"),
+        ready_at(beside, "/readyz"),
     )
     environment = {f"GUARDED_{k.replace('-', '_').upper()}": v for k, v in _screens().items()}
     processes[APP] = Process(
@@ -122,7 +122,7 @@ def built(folder: Path, policies: Policies) -> Stage:
         "uvicorn",
         _uvicorn("guarded", app),
         folder,
-        _ready(app, "/health"),
+        ready_at(app, "/health"),
         {
             **environment,
             "GUARDED_GUARD": targets[SECOND],
@@ -147,7 +147,7 @@ def _uvicorn(factory: str, port: int) -> list[str]:
     return [f"tests.chaos.upstream:{factory}", "--factory", "--port", str(port), *quiet]
 
 
-def _ready(port: int, path: str) -> Callable[[], Awaitable[bool]]:
+def ready_at(port: int, path: str) -> Callable[[], Awaitable[bool]]:
     async def ready() -> bool:
         with suppress(OSError, TimeoutError, EOFError):
             return bool(await asked(port, path))

@@ -1,0 +1,25 @@
+"""The middleware around a proxy, in an application of its own: `uvicorn tests.marker.app:app`."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from prometheus_client import generate_latest
+
+from guard_middleware import GuardMiddleware
+from guard_middleware.formats.contract import Answer
+from guard_middleware.messages import Receive, Scope, Send, answer
+from guard_middleware.proxy import Proxy
+
+UPSTREAM = "MARKER_UPSTREAM"
+logging.basicConfig(level="DEBUG", format="%(message)s")
+_guarded = GuardMiddleware(Proxy(os.environ.get(UPSTREAM, "http://127.0.0.1:1")), guarded=("/",))
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """ASGI."""
+    if scope["type"] == "http" and scope["path"] == "/metrics":
+        await answer(send, Answer(200, "text/plain", generate_latest()))
+    elif scope["type"] != "lifespan":
+        await _guarded(scope, receive, send)

@@ -9,9 +9,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from tests.chaos.ledger import Faults, Ledger
-from tests.chaos.stage import FIRST, GUARD_TIMEOUT_S, RELOAD_S, SECOND, STARTER, UPSTREAM, Stage
+from tests.chaos.stage import (
+    FIRST,
+    GUARD_TIMEOUT_S,
+    GUARDS,
+    RELOAD_S,
+    SECOND,
+    STARTER,
+    UPSTREAM,
+    Stage,
+)
 
 PATIENCE_S, _LOOK_S = 60.0, 0.1
+_FAILED = "guard_policy_reload_failed 1.0"
 Fault = Callable[[], Awaitable[None]]
 
 
@@ -42,6 +52,8 @@ class Breaking:
             "guard hangs for long": lambda: self._hang(
                 (FIRST, SECOND), (GUARD_TIMEOUT_S, 2 * GUARD_TIMEOUT_S)
             ),
+            "policies renewed": self._renew_policies,
+            "policies spoiled": self._spoil_policies,
             "certificate renewed": self._renew_keys,
             "certificate spoiled": self._spoil_keys,
         }
@@ -79,6 +91,26 @@ class Breaking:
         self._stage.keys.spoil()
         await asyncio.sleep(2 * RELOAD_S)
         await self._renew_keys()
+
+    async def _renew_policies(self) -> None:
+        """New versions, on all guards; one is told by SIGHUP too. Explains nothing."""
+        self._stage.policies.renew()
+        self._stage.processes[SECOND].signal(signal.SIGHUP)
+        await self._until(self._policies_are_in_use, "the new policies are in use")
+
+    async def _spoil_policies(self) -> None:
+        """The last good ones stay, then come others."""
+        self._stage.policies.spoil()
+        await self._until(self._policies_are_refused, "guards tell of policies that are none")
+        await self._renew_policies()
+
+    async def _policies_are_in_use(self) -> bool:
+        version = f'version="{self._stage.policies.version}"'
+        texts = await self._stage.metrics(GUARDS)
+        return all(version in text and _FAILED not in text for text in texts)
+
+    async def _policies_are_refused(self) -> bool:
+        return all(_FAILED in text for text in await self._stage.metrics(GUARDS))
 
     async def _until(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
         """Wait for it; where it does not come about it counts as wrong."""

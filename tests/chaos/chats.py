@@ -25,12 +25,13 @@ _RESULTS = {"stop": "passed", "content_filter": "refused"}
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where clients come in. What is named in `rests_on` explains, when it is broken, that they get
-    no verdict; without `upstream` the backend dies by script alone."""
+    """Where clients come in. `rests_on` is what explains, when it is broken, that a stream gets no
+    verdict; `alone` what explains it for a whole reply, whose calls another guard can answer."""
 
     name: str
     port: int
     rests_on: tuple[str, ...]
+    alone: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -88,7 +89,8 @@ class Client:
         try:
             async with asyncio.timeout(self._draw.random() * 0.2 if leaves else PATIENCE_S):
                 status, got = await self._asked(door, script, streamed, image)
-            result = self._result(door, name, script, status, got, began)
+            broken = self._faults.explain(door.rests_on if streamed else door.alone, began)
+            result = self._result(name, script, status, got, broken)
         except TimeoutError:
             if not leaves:
                 result = "no end"
@@ -147,13 +149,10 @@ class Client:
                 add(got, line[6:].strip())
         return got
 
-    def _result(
-        self, door: Door, name: str, script: Script, status: int, got: Got, began: float
-    ) -> str:
+    def _result(self, name: str, script: Script, status: int, got: Got, broken: bool) -> str:
         ledger, said = self._ledger, got.said
         self._hold_to_truth(name, script, said)
         if got.error or status >= 500:
-            broken = self._faults.explain(door.rests_on, began)
             if script.dies_at == NEVER and not broken:
                 ledger.wrong("unexplained", f"{name}: {status} {got.error}")
             return f"{status} {got.error}"
@@ -162,7 +161,7 @@ class Client:
             return f"{status}, no end"
         safe = not (script.unsafe or script.unsafe_prompt)
         if got.finish == "content_filter":
-            if safe and not self._faults.explain(door.rests_on, began):
+            if safe and not broken:
                 ledger.wrong("unexplained", f"{name}: refused, though it is safe")
             return "refused" if not safe else "refused for want of a verdict"
         if not safe:

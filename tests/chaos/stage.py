@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,13 @@ GUARD_TIMEOUT_S = 4.0  # of sidecar and application, for one verdict
 STARTER, FIRST, SECOND, UPSTREAM = "starter", "guard-1", "guard-2", "upstream"
 SIDECAR, APP = "sidecar", "app"
 RELOAD_S = 1.0
+GUARDS = (STARTER, FIRST, SECOND)
+_SCREENS = {
+    "policy": SHIELD,
+    "guard-timeout-s": str(GUARD_TIMEOUT_S),
+    "guard-try-s": "1.5",
+    "guard-open-s": "0.5",
+}
 _CACHED = "500"  # verdicts: so few that the cache is full once a run has warmed up
 _SETTLE_S = 60.0
 _OPEN = re.compile(r"^(?:guard_in_flight|guard_middleware_in_progress)(?:\{.*\})? (\S+)$", re.M)
@@ -50,8 +57,13 @@ class Stage:
 
     async def open_calls(self) -> float:
         """How many are under way, by the processes' own metrics."""
-        texts = await asyncio.gather(*(asked(port, "/metrics") for port in self.admin.values()))
+        texts = await self.metrics(self.admin)
         return sum(float(found) for text in texts for found in _OPEN.findall(text))
+
+    async def metrics(self, names: Iterable[str]) -> list[str]:
+        """What processes tell. Raises OSError or TimeoutError for one that is away or hangs."""
+        ports = [self.admin[name] for name in names]
+        return await asyncio.gather(*(asked(port, "/metrics") for port in ports))
 
     async def quiet(self) -> float:
         """Wait until no call is under way, for a while; how many still are."""
@@ -69,82 +81,65 @@ class Stage:
 
 def built(folder: Path, policies: Policies) -> Stage:
     """A stage whose processes have not been started; files go into the folder."""
-    ports, keys = iter(free_ports(10)), Keys(folder)
-    targets: dict[str, str] = {}
-    admin: dict[str, int] = {}
-    processes: dict[str, Process] = {}
-    for name, model in ((STARTER, "starter"), (FIRST, "fake-vision"), (SECOND, "fake-vision")):
-        port, http = next(ports), next(ports)
-        flags = {
-            "model": model,
-            "port": port,
-            "metrics-port": http,
-            "policies": policies.folder,
-            "default-policy": SHIELD,
-            "threads": 1,
-            "cache-entries": _CACHED,
-            "session-bytes": 16 * 2**20,
-            "kernel-plan": "stored",
-            "reload-s": RELOAD_S,
-        }
-        if name == STARTER:
-            flags |= {"tls-cert": keys.cert, "tls-key": keys.key}
-        arguments = [str(folder / f"{name}.judged"), *_flags(flags)]
-        targets[name], admin[name] = f"127.0.0.1:{port}", http
-        processes[name] = Process(
-            name, "tests.chaos.guard", arguments, folder, ready_at(http, "/readyz")
-        )
-    upstream, listen, beside, app = (next(ports) for _ in range(4))
-    processes[UPSTREAM] = Process(
-        UPSTREAM,
-        "uvicorn",
-        _uvicorn("alone", upstream),
-        folder,
-        ready_at(upstream, "/health"),
-        {ARRIVED: str(folder / f"{UPSTREAM}.arrived")},
-    )
+    ports = dict(zip((STARTER, FIRST, SECOND, UPSTREAM, SIDECAR, APP), free_ports(6), strict=True))
+    admin = dict(zip((STARTER, FIRST, SECOND, SIDECAR), free_ports(4), strict=True))
+    admin[APP] = ports[APP]
+    keys, targets = Keys(folder), {name: f"127.0.0.1:{ports[name]}" for name in GUARDS}
+    both = f"ipv4:{targets[FIRST]},{targets[SECOND]}"
+    screens = {**_SCREENS, "guard": both}
+    made = [_guard(name, folder, ports[name], admin[name], policies, keys) for name in GUARDS]
+    made.append(_served(UPSTREAM, "alone", folder, ports[UPSTREAM], {}))
     flags = {
-        "upstream": f"http://127.0.0.1:{upstream}",
-        "listen": f"127.0.0.1:{listen}",
-        "admin": f"127.0.0.1:{beside}",
-        "guard": targets[FIRST],
+        "upstream": f"http://127.0.0.1:{ports[UPSTREAM]}",
+        "listen": f"127.0.0.1:{ports[SIDECAR]}",
+        "admin": f"127.0.0.1:{admin[SIDECAR]}",
+        **screens,
     }
-    processes[SIDECAR] = Process(
-        SIDECAR,
-        "guard_middleware",
-        _flags({**flags, **_screens()}),
-        folder,
-        ready_at(beside, "/readyz"),
+    ready = ready_at(admin[SIDECAR], "/readyz")
+    made.append(Process(SIDECAR, "guard_middleware", _flags(flags), folder, ready))
+    environment = {f"GUARDED_{k.replace('-', '_').upper()}": v for k, v in screens.items()}
+    made.append(_served(APP, "guarded", folder, ports[APP], environment))
+    doors = (
+        Door(SIDECAR, ports[SIDECAR], (FIRST, SECOND, UPSTREAM), (UPSTREAM,)),
+        Door(APP, ports[APP], (FIRST, SECOND)),
     )
-    environment = {f"GUARDED_{k.replace('-', '_').upper()}": v for k, v in _screens().items()}
-    processes[APP] = Process(
-        APP,
-        "uvicorn",
-        _uvicorn("guarded", app),
-        folder,
-        ready_at(app, "/health"),
-        {
-            **environment,
-            "GUARDED_GUARD": targets[SECOND],
-            ARRIVED: str(folder / f"{APP}.arrived"),
-        },
-    )
-    doors = (Door(SIDECAR, listen, (FIRST, UPSTREAM)), Door(APP, app, (SECOND,)))
-    admin |= {SIDECAR: beside, APP: app}
+    processes = {one.name: one for one in made}
     return Stage(folder, policies, processes, targets, doors, keys, admin)
 
 
-def _screens() -> dict[str, str]:
-    return {"policy": SHIELD, "guard-timeout-s": str(GUARD_TIMEOUT_S), "guard-open-s": "0.5"}
+def _guard(
+    name: str, folder: Path, port: int, admin: int, policies: Policies, keys: Keys
+) -> Process:
+    flags: dict[str, object] = {
+        "model": "starter" if name == STARTER else "fake-vision",
+        "port": port,
+        "metrics-port": admin,
+        "policies": policies.folder,
+        "default-policy": SHIELD,
+        "threads": 1,
+        "cache-entries": _CACHED,
+        "session-bytes": 16 * 2**20,
+        "kernel-plan": "stored",
+        "reload-s": RELOAD_S,
+    }
+    if name == STARTER:
+        flags |= {"tls-cert": keys.cert, "tls-key": keys.key}
+    arguments = [str(folder / f"{name}.judged"), *_flags(flags)]
+    return Process(name, "tests.chaos.guard", arguments, folder, ready_at(admin, "/readyz"))
 
 
-def _flags(values: dict[str, object] | dict[str, str]) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-
-def _uvicorn(factory: str, port: int) -> list[str]:
+def _served(
+    name: str, factory: str, folder: Path, port: int, environment: Mapping[str, str]
+) -> Process:
+    """An application of tests.chaos.upstream."""
     quiet = ["--log-level", "warning", "--no-access-log", "--lifespan", "on"]
-    return [f"tests.chaos.upstream:{factory}", "--factory", "--port", str(port), *quiet]
+    arguments = [f"tests.chaos.upstream:{factory}", "--factory", "--port", str(port), *quiet]
+    told = {**environment, ARRIVED: str(folder / f"{name}.arrived")}
+    return Process(name, "uvicorn", arguments, folder, ready_at(port, "/health"), told)
+
+
+def _flags(values: Mapping[str, object]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def ready_at(port: int, path: str) -> Callable[[], Awaitable[bool]]:

@@ -17,7 +17,7 @@ import pytest
 
 from guard_middleware.conformance.run import deployment
 from tests.chaos.processes import Process, free_ports
-from tests.chaos.stage import ready_at, asked
+from tests.chaos.stage import asked, ready_at
 from tests.marker.app import UPSTREAM
 from tests.marker.sending import UNSAFE, answered, over_grpc
 from tests.marker.upstream import MARKER, Upstream

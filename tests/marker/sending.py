@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -24,7 +25,12 @@ UNSAFE = f"fake-bomb {MARKER}"
 TOKEN = f"Bearer {MARKER}"
 _M = MARKER.encode()
 _SERVICE = "/guard_api.v1.GuardService/"
-_SECRETS = (f"Authorization: {TOKEN}", f"Cookie: s={MARKER}", f"X-{MARKER}: {MARKER}")
+_SECRETS = (
+    f"Authorization: {TOKEN}",
+    f"Cookie: s={MARKER}",
+    f"X-{MARKER}: {MARKER}",
+    f"Baggage: {MARKER}={MARKER}",
+)
 
 
 def picture(colour: tuple[int, int, int]) -> bytes:
@@ -124,13 +130,21 @@ def _data(file: bytes) -> str:
 def answered(where: Deployment) -> list[tuple[Case, bytes]]:
     """Every case and what was answered, on a connection for each."""
     place = Place(where.place.host, "", _SECRETS, "m")
-    return [(case, where.answer(case)[0]) for case in over_http(place)]
+    cases = list(over_http(place))
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(lambda case: where.answer(case)[0], cases)
+    return list(zip(cases, answers, strict=True))
 
 
 async def over_grpc(target: str) -> list[str]:
     """Every call that goes wrong, or whose turn is refused: all that its error says."""
     errors = []
-    metadata = (("authorization", TOKEN), ("x-api-key", MARKER), ("x-bin-bin", _M))
+    metadata = (
+        ("authorization", TOKEN),
+        ("x-api-key", MARKER),
+        ("x-bin-bin", _M),
+        ("baggage", f"{MARKER}={MARKER}"),
+    )
     async with grpc.aio.insecure_channel(
         target, options=[("grpc.max_send_message_length", -1)]
     ) as channel:

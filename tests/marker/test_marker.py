@@ -1,6 +1,8 @@
 """A marker in everything that is sent is in nothing that is told: logs at level debug, gRPC's own
-among them, metrics, error texts of every surface. Only a caller's own `x-request-id`, which is
-there to be found again, may be told, and an error may name the policy that its caller asked for."""
+among them, metrics, traces, error texts of every surface.
+
+A caller's own `x-request-id` and `tracestate` are there to be found again, so they are not tried.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ import pytest
 from guard_middleware.conformance.run import deployment
 from tests.chaos.processes import Process, free_ports
 from tests.chaos.stage import asked, ready_at
-from tests.marker.app import UPSTREAM
 from tests.marker.sending import UNSAFE, answered, over_grpc
-from tests.marker.upstream import MARKER, Upstream
+from tests.marker.upstream import ADDRESS, MARKER, Upstream
+from tests.service.traced import receiving
 
 SILENT_S = 1.0  # some attempts wait for an answer that never comes
 
@@ -50,45 +52,67 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
 
 
 async def everything(folder: Path) -> Told:
-    """Start guard, sidecar and application, send them all there is, end them."""
+    """All that guard, sidecar and application tell of what they are sent."""
     told, upstream = Told(), Upstream()
     server = await asyncio.start_server(upstream.talk, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    processes, ports = started(folder, f"http://127.0.0.1:{port}")
-    guard = f"127.0.0.1:{ports['guard']}"
-    async with server:
-        try:
-            await processes["guard"].start()
-            await asyncio.gather(*(processes[name].start() for name in ("sidecar", "app")))
-            for name in ("sidecar", "app"):
-                where = deployment(f"http://127.0.0.1:{ports[name]}", "m", timeout_s=SILENT_S)
-                answers = await asyncio.to_thread(answered, where)
-                told.answers += [(f"{name}: {case.name}", got) for case, got in answers]
-            told.texts["errors of gRPC"] = "\n".join(await over_grpc(guard))
-            told.texts["guardctl"] = await asyncio.to_thread(from_guardctl, guard, folder)
-            for name, admin in (("guard", "http"), ("sidecar", "admin"), ("app", "app")):
-                told.texts[f"metrics of {name}"] = await asked(ports[admin], "/metrics")
-        finally:
-            for process in reversed(processes.values()):
-                await process.ended()
+    with receiving() as (receiver, collector):
+        processes, ports = started(folder, f"http://127.0.0.1:{port}", collector)
+        async with server:
+            await sent(told, processes, ports, folder)
+        told.texts["traces"] = "\n".join(map(str, receiver.spans))
+        assert receiver.services == {"guard-service", "guard-sidecar", "app"}
     for name, process in processes.items():
         told.texts[f"log of {name}"] = process.log.read_text(errors="replace")
     told.arrived = upstream.marked
     return told
 
 
-def started(folder: Path, upstream: str) -> tuple[dict[str, Process], dict[str, int]]:
+async def sent(
+    told: Told, processes: dict[str, Process], ports: dict[str, int], folder: Path
+) -> None:
+    """Start the processes, send them all there is, end them."""
+    guard = f"127.0.0.1:{ports['guard']}"
+    try:
+        await processes["guard"].start()
+        await asyncio.gather(*(processes[name].start() for name in ("sidecar", "app")))
+        doors = ("sidecar", "app")
+        places = [
+            deployment(f"http://127.0.0.1:{ports[name]}", "m", timeout_s=SILENT_S) for name in doors
+        ]
+        both = await asyncio.gather(*(asyncio.to_thread(answered, where) for where in places))
+        for name, answers in zip(doors, both, strict=True):
+            told.answers += [(f"{name}: {case.name}", got) for case, got in answers]
+        told.texts["errors of gRPC"] = "\n".join(await over_grpc(guard))
+        told.texts["guardctl"] = await asyncio.to_thread(from_guardctl, guard, folder)
+        for name, admin in (("guard", "http"), ("sidecar", "admin"), ("app", "app")):
+            told.texts[f"metrics of {name}"] = await asked(ports[admin], "/metrics")
+    finally:
+        for process in reversed(processes.values()):
+            await process.ended()
+
+
+def started(
+    folder: Path, upstream: str, collector: str
+) -> tuple[dict[str, Process], dict[str, int]]:
     names = ("guard", "http", "sidecar", "admin", "app")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    loud = {"GRPC_VERBOSITY": "DEBUG", "PYTHONASYNCIODEBUG": "1"}
+    loud = {
+        "GRPC_VERBOSITY": "DEBUG",
+        "PYTHONASYNCIODEBUG": "1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector,
+        "OTEL_LOG_LEVEL": "debug",
+    }
     guard = f"127.0.0.1:{ports['guard']}"
     service = ["--model", "fake-vision", "--port", str(ports["guard"]), "--log-level", "debug"]
     service += ["--metrics-port", str(ports["http"]), "--max-message-bytes", str(4 * 2**20)]
+    service.append("--tracing")
     sidecar = ["--upstream", upstream, "--listen", f"127.0.0.1:{ports['sidecar']}"]
     sidecar += ["--admin", f"127.0.0.1:{ports['admin']}", "--guard", guard, "--log-level", "debug"]
+    sidecar += ["--tracing", "on"]
     app = ["tests.marker.app:app", "--port", str(ports["app"]), "--log-level", "debug"]
     app += ["--no-access-log"]  # which is the server's own, and holds addresses
-    environment = {**loud, "GUARDED_GUARD": guard, UPSTREAM: upstream}
+    environment = {**loud, "GUARDED_GUARD": guard, "GUARDED_TRACING": "on", ADDRESS: upstream}
     made = [
         Process(
             "guard", "guard_service", service, folder, ready_at(ports["http"], "/readyz"), loud
@@ -139,7 +163,7 @@ def _ran(*arguments: str) -> str:
     [
         *("log of guard", "log of sidecar", "log of app"),
         *("metrics of guard", "metrics of sidecar", "metrics of app"),
-        *("errors of gRPC", "guardctl"),
+        *("errors of gRPC", "guardctl", "traces"),
     ],
 )
 def test_marker_is_not_in(told: Told, where: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from tests.middleware.formats.openai_replies import chunk, reply
 
 HOW = "x-how"  # the header that asks for one of REPLIES
+ADDRESS = "MARKER_UPSTREAM"  # of the backend, for an application
 MARKER = "qMARKERq7x9w"
 _JSON, _EVENTS = b"application/json", b"text/event-stream"
 

@@ -35,12 +35,13 @@ class Backend:
     """Answers chat completions at once: minimal, so that nothing hides what stands before it.
 
     A stream has as many pieces as `max_tokens` asks for. `pause_ms` in the query is the time
-    between pieces; with `waits`, the second half of them waits for a request to GO_ON.
+    between pieces; with `waits`, the second half of them waits for the next request to GO_ON.
     """
 
     def __init__(self) -> None:
         self.open_streams = 0
         self.left_streams = 0
+        self.waiting_streams = 0
         self._goes_on = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +58,7 @@ class Backend:
                 self._goes_on = asyncio.Event()
                 await _whole(send, b"{}")
             case "/gauge":
-                gauge = {"open": self.open_streams, "left": self.left_streams}
-                await _whole(send, json.dumps(gauge).encode())
+                await _whole(send, json.dumps(self._gauge()).encode())
             case _:
                 await _whole(send, b"plain", b"text/plain")
 
@@ -90,11 +90,25 @@ class Backend:
         await _start(send, b"text/event-stream")
         for at, chunk in enumerate(chunks(pieces)):
             if at == waits_at:
-                await self._goes_on.wait()
+                await self._wait()
             if pause_s:
                 await asyncio.sleep(pause_s)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": _DONE})
+
+    async def _wait(self) -> None:
+        self.waiting_streams += 1
+        try:
+            await self._goes_on.wait()
+        finally:
+            self.waiting_streams -= 1
+
+    def _gauge(self) -> dict[str, int]:
+        return {
+            "open": self.open_streams,
+            "waiting": self.waiting_streams,
+            "left": self.left_streams,
+        }
 
 
 class AllowsAtOnce:

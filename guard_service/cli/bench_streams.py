@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,10 +15,13 @@ from guard_service.cli.bench_http import Connection
 from guard_service.cli.bench_middleware_app import CHAT, GAUGE, GO_ON, question, stream_body
 from guard_service.cli.bench_servers import BARE, SIDECAR, STARTER, Server, app, sidecar
 
-_PIECES, _PACED_PIECES = 100, 150
+# What one core says in a minute or two by the thousand: half of it, once streams are open.
+_PIECES, _PACED_PIECES = 24, 100
 _PAUSE_MS = 20
 _WAITING = f"{CHAT}?pause_ms={_PAUSE_MS}&waits=1"
 _PACED = f"{CHAT}?pause_ms={_PAUSE_MS}"
+_SIGN_OF_LIFE = b":\n\n"  # what the middleware puts between events where verdicts take long
+_OPEN_S = 120.0
 _SETTLE_S = 30.0  # longer than a sidecar keeps a connection to its upstream that nobody uses
 
 
@@ -29,6 +33,7 @@ async def opened(number: int, everyone: Mapping[str, Server]) -> dict[str, dict[
     found = {}
     for name, server in everyone.items():
         if name != STARTER:
+            print(f"guardctl: {number} streams at once, {name}", file=sys.stderr)
             streams = await _held(number, server)
             streams["left"] = await _left(number, server)
             found[name] = {"streams": streams}
@@ -40,6 +45,7 @@ async def opened(number: int, everyone: Mapping[str, Server]) -> dict[str, dict[
 
 def drained(number: int) -> dict[str, Any]:
     """So many streams through a sidecar that is told to end while they are under way."""
+    print(f"guardctl: {number} streams through a sidecar that is told to end", file=sys.stderr)
     with app(BARE, "bare") as bare, sidecar(SIDECAR, bare) as server:
         ended, took_s = asyncio.run(_drained(number, server))
         server.process.wait()
@@ -57,6 +63,7 @@ async def _held(number: int, server: Server) -> dict[str, Any]:
     rss_kib, sockets = server.rss_kib, server.sockets
     streams = _Streams(server, _WAITING, _PIECES)
     await streams.open(number)
+    await streams.wait()
     held_kib = server.rss_kib
     await _ask(server.backend, GO_ON, b"{}")
     ended = await streams.ended()
@@ -73,6 +80,7 @@ async def _left(number: int, server: Server) -> dict[str, int]:
     before, sockets = (await _gauge(server.backend))["left"], server.sockets
     streams = _Streams(server, _WAITING, _PIECES)
     await streams.open(number)
+    await streams.wait()
     streams.leave()
     left = await _settled(lambda: server.sockets - sockets)
     gauge = await _gauge(server.backend)
@@ -107,6 +115,19 @@ class _Streams:
         self._tasks = [asyncio.create_task(self._run(one)) for one in begun]
         await asyncio.gather(*(one.wait() for one in begun))
 
+    async def wait(self) -> None:
+        """Until all that have not ended are in their middle, and wait there. Raises OSError where
+        they do not come there."""
+        end = time.monotonic() + _OPEN_S
+        while (waiting := (await _gauge(self._server.backend))["waiting"]) < self._under_way:
+            if time.monotonic() > end:
+                raise OSError(f"{waiting} of {self._under_way} streams came to their middle")
+            await asyncio.sleep(0.1)
+
+    @property
+    def _under_way(self) -> int:
+        return sum(not task.done() for task in self._tasks)
+
     async def all(self, number: int) -> Counter[str]:
         """Begin so many and see them end."""
         await self.open(number)
@@ -136,7 +157,8 @@ class _Streams:
             begun.set()
         if got.status != 200:
             return "refused"
-        return "finished" if got.body == stream_body(self._pieces) else "unequal"
+        said = got.body.replace(_SIGN_OF_LIFE, b"")
+        return "finished" if said == stream_body(self._pieces) else "unequal"
 
 
 def _counted(ended: Counter[str]) -> dict[str, int]:

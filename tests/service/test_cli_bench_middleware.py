@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
@@ -17,13 +18,15 @@ from guard_service.cli.bench_middleware_app import (
     GO_ON,
     PLAIN,
     bare,
+    chunks,
     guarded,
     question,
     stream_body,
     whole_reply,
 )
 from guard_service.cli.bench_middleware_table import show
-from tests.middleware.asgi_calls import listening
+from guard_service.cli.bench_servers import Server
+from tests.middleware.asgi_calls import EVENTS, Backend, listening
 
 
 def port_of(address: str) -> int:
@@ -60,6 +63,37 @@ async def test_streams_wait_until_they_are_told_and_the_gauge_counts_them() -> N
         waiting.close()
         other.close()
     assert got.body == stream_body(60)
+
+
+@pytest.mark.parametrize("factory", [bare, guarded])
+async def test_many_streams_are_held_in_their_middle_and_then_finished(factory: Any) -> None:
+    async with listening(factory()) as address:
+        server = Server("here", port_of(address), ThisProcess())  # type: ignore[arg-type]
+        streams = bench_streams._Streams(server, f"{CHAT}?pause_ms=1&waits=1", 24)
+        await streams.open(7)
+        await streams.wait()  # none of them has been let go on too early, and waits for ever
+        gauge = await bench_streams._gauge(server)
+        await bench_streams._ask(server, GO_ON, b"{}")
+        ended = await streams.ended()
+    assert (gauge["open"], gauge["waiting"]) == (7, 7)
+    assert ended == {"finished": 7}
+
+
+class ThisProcess:
+    """Has the number of one."""
+
+    pid = os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("between", "end"), [(b":\n\n", "finished"), (b": no\n\n", "unequal"), (b"", "finished")]
+)
+async def test_signs_of_life_do_not_make_a_stream_another(between: bytes, end: str) -> None:
+    said = list(chunks(9))
+    backend = Backend([*said[:5], between, *said[5:], b"data: [DONE]\n\n"], EVENTS)
+    async with listening(backend) as address:
+        server = Server("here", port_of(address), ThisProcess())  # type: ignore[arg-type]
+        assert await bench_streams._Streams(server, CHAT, 9).all(2) == {end: 2}
 
 
 async def test_reply_that_breaks_off_is_an_error() -> None:

@@ -22,6 +22,7 @@ from guard_service.engines import Engine, EngineFailed, ModelCard
 from guard_service.errors import GuardServiceError
 from guard_service.live.policies import loaded_policies
 from guard_service.logs import FIELDS as LOG_FIELDS
+from guard_service.security.auth_file import read_auth_file
 from guard_service.server import GuardServer, engines_of
 
 LOG = logging.getLogger("guard_service")
@@ -61,6 +62,11 @@ def _run(settings: Settings) -> int:
         policies = loaded_policies(settings)
     except PolicyError as error:
         return _fail("a policy is broken", [str(p) for p in error.problems], USAGE)
+    try:  # before a model is loaded, which takes time
+        if settings.auth is not None:
+            read_auth_file(settings.auth, settings.default_policy)
+    except PolicyError as error:
+        return _fail("the auth file is broken", [str(p) for p in error.problems], USAGE)
     with ExitStack() as stack:
         try:
             first, second = stack.enter_context(engines_of(settings))

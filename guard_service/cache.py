@@ -23,10 +23,11 @@ def key_of(
     direction: Direction,
     language: str,
     prompts: Sequence[Prompt],
+    whose: str = "",
 ) -> bytes:
-    """32 bytes that stand for one question: every token counts, nothing is folded."""
+    """32 bytes that stand for one tenant's question: every token counts, nothing is folded."""
     digest = hashlib.sha256()
-    _add(digest, model_digest, policy_digest, direction.value, language)
+    _add(digest, model_digest, policy_digest, direction.value, language, whose)
     for prompt in prompts:
         _add(digest, *prompt.categories)
         if prompt.image is not None:

@@ -74,7 +74,7 @@ class Cascade:
         """
         policy = self.policies.get(name or self.default_policy)
         if policy is None:
-            raise UnknownPolicy("no policy of that name is loaded; ListPolicies lists them")
+            raise UnknownPolicy
         if as_second:
             policy = policy.as_second()
         problem = unsupported(policy, self._first.card)

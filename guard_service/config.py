@@ -81,6 +81,9 @@ class Settings:
     image_timeout_s: float = _knob(10.0, "decoding one image; then its process is killed", 0.1, 300)
     fetch_timeout_s: float = _knob(5.0, "fetching one image, where a policy allows it", 0.1, 300)
 
+    max_connections: int = _knob(
+        16_384, "open at once; more are closed as they come, which clients try again", 1, 2**20
+    )
     max_calls: int = _knob(1_024, "calls in progress; the rest is refused at once", 1, 1_000_000)
     max_call_bytes: int = _knob(256 * MIB, "bytes of all requests in progress", 1024)
     max_queue_items: int = _knob(1_024, "prompts waiting for the engine", 1, 1_000_000)
@@ -111,6 +114,8 @@ class Settings:
     tls_cert: Path | None = _knob(None, "certificate chain (PEM); with tls_key turns TLS on")
     tls_key: Path | None = _knob(None, "private key (PEM)")
     tls_client_ca: Path | None = _knob(None, "clients must show a certificate of this CA (PEM)")
+    auth: Path | None = _knob(None, "who may call, and for how much (YAML); without: anyone")
+    reflection: bool = _knob(True, "tell clients such as grpcurl what calls there are")
 
     def __post_init__(self) -> None:
         if problems := tuple(_problems(self)):
@@ -186,7 +191,7 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield "second_guard_ca: needs second_guard too"
     if settings.default_deadline_s > settings.max_deadline_s:
         yield "default_deadline_s: is over max_deadline_s"
-    for name in ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca"):
+    for name in ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "auth"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             yield f"{name}: {path} is not a file"

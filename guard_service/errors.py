@@ -6,9 +6,14 @@ GuardServiceError
 │   ├── BatchTooLarge
 │   └── InvalidStream
 ├── UnknownPolicy           NOT_FOUND
+├── Unauthenticated         UNAUTHENTICATED
+│   ├── InvalidCredentials
+│   └── ExpiredCredentials
+├── NoTenant                PERMISSION_DENIED
 ├── Unscannable             FAILED_PRECONDITION
 ├── PolicyNotSupported      FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED, with RetryInfo
+│   └── QuotaExceeded
 ├── DeadlineExceeded        DEADLINE_EXCEEDED
 ├── ShuttingDown            UNAVAILABLE
 ├── NotReady                UNAVAILABLE
@@ -83,6 +88,11 @@ class UnknownPolicy(GuardServiceError):
     code = grpc.StatusCode.NOT_FOUND
     reason = "UNKNOWN_POLICY"
 
+    def __init__(
+        self, message: str = "no policy of that name is loaded; ListPolicies lists them"
+    ) -> None:
+        super().__init__(message)
+
 
 class Unscannable(GuardServiceError):
     """A part cannot be judged by the model and the policy says that this is an error."""
@@ -107,6 +117,52 @@ class Overloaded(GuardServiceError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant's own quota is used up; there may be room for others."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class Unauthenticated(GuardServiceError):
+    """The call has no credentials, and needs some."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+    def __init__(
+        self, message: str = "send a bearer token in `authorization`, or a client certificate"
+    ) -> None:
+        super().__init__(message)
+
+
+class InvalidCredentials(Unauthenticated):
+    """The call's credentials do not count. What is wrong with them is not told."""
+
+    reason = "INVALID_CREDENTIALS"
+
+    def __init__(self) -> None:
+        super().__init__("the credentials are not valid here")
+
+
+class ExpiredCredentials(Unauthenticated):
+    """They were good once: whoever sends them can fetch new ones."""
+
+    reason = "EXPIRED_CREDENTIALS"
+
+    def __init__(self) -> None:
+        super().__init__("the credentials have expired; fetch new ones")
+
+
+class NoTenant(GuardServiceError):
+    """It is known who calls, and that nobody who is served here is meant by it."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "NO_TENANT"
+
+    def __init__(self) -> None:
+        super().__init__("whoever these credentials are for is not served here")
 
 
 class DeadlineExceeded(GuardServiceError):

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,6 +30,8 @@ from guard_service.errors import (
 from guard_service.logs import FIELDS
 from guard_service.metrics import Metrics
 from guard_service.moderation import Judgement
+from guard_service.security.authenticator import Authenticator, Caller
+from guard_service.security.whose import WHOSE
 from guard_service.tracing import SPOT, Spot, Tracer, exemplar
 
 LOG = logging.getLogger("guard_service.access")
@@ -46,6 +48,7 @@ class Call:
 
     rpc: str
     request_id: str
+    caller: Caller | None = None
     size: int = 0
     verdicts: int = 0
     verdict_id: str = ""
@@ -58,6 +61,11 @@ class Call:
     queue_s: float = 0.0
     inference_s: float = 0.0
     spot: Spot | None = None
+
+    @property
+    def tenant(self) -> str:
+        """The caller's; empty without an auth file, or before it is known who calls."""
+        return self.caller.usage.name if self.caller else ""
 
     def note(self, judgement: Judgement) -> None:
         """Add a verdict; of many, the severest action and the longest times are kept."""
@@ -102,7 +110,10 @@ class Door(grpc.aio.ServerInterceptor):
         max_calls: int,
         max_call_bytes: int,
         tracer: Tracer | None = None,
+        auth: Authenticator | None = None,
     ) -> None:
+        """Without `auth` anyone may call."""
+        self._auth = auth
         self.state = State.STARTING
         self._metrics = metrics
         self._tracer = tracer
@@ -147,12 +158,17 @@ class Door(grpc.aio.ServerInterceptor):
         service, _, rpc = handler_call_details.method.strip("/").partition("/")
         if handler is None or service != SERVICE:
             return handler
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        call = Call(rpc, _request_id(metadata.get("x-request-id")))
+        metadata = tuple(handler_call_details.invocation_metadata or ())
+        by_name = dict(metadata)
+        call = Call(rpc, _request_id(by_name.get("x-request-id")))
         if self._tracer is not None:
-            call.spot = self._tracer.call(rpc, metadata)
+            call.spot = self._tracer.call(rpc, by_name)
         if self._refusal() is not None:
             return grpc.stream_stream_rpc_method_handler(self._refusing(call))
+        try:
+            self._meet(call, metadata)
+        except GuardServiceError as error:
+            return grpc.stream_stream_rpc_method_handler(self._refusing(call, error))
         decode = _tolerant(handler.request_deserializer, rpc)
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(
@@ -162,10 +178,18 @@ class Door(grpc.aio.ServerInterceptor):
             self._unary(call, handler.unary_unary), decode, handler.response_serializer
         )
 
-    def _refusing(self, call: Call) -> Callable[[Any, Context], Awaitable[None]]:
+    def _meet(self, call: Call, metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        """Who sends the call, by its token; raises when it is nobody who is served."""
+        if self._auth is not None:
+            said = [value for key, value in metadata if key == "authorization"]
+            call.caller = self._auth.by_header(said)
+
+    def _refusing(
+        self, call: Call, error: GuardServiceError | None = None
+    ) -> Callable[[Any, Context], Awaitable[None]]:
         async def refuse(requests: Any, context: Context) -> None:
             async def nothing() -> None:
-                raise self._refusal() or Overloaded("try again", CROWDED_RETRY_S)
+                raise error or self._refusal() or Overloaded("try again", CROWDED_RETRY_S)
 
             await self._serve(call, context, nothing)
 
@@ -174,7 +198,8 @@ class Door(grpc.aio.ServerInterceptor):
     def _unary(self, call: Call, behaviour: Any) -> Callable[[Any, Context], Awaitable[Any]]:
         async def serve(request: Message | _Malformed, context: Context) -> Any:
             async def run() -> Any:
-                return await behaviour(_decoded(request), context)
+                with self._tenants(call, context):
+                    return await behaviour(_decoded(request), context)
 
             call.size = request.ByteSize() if isinstance(request, Message) else 0
             return await self._serve(call, context, run)
@@ -184,12 +209,28 @@ class Door(grpc.aio.ServerInterceptor):
     def _stream(self, call: Call, behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
         async def serve(requests: AsyncIterator[Any], context: Context) -> None:
             async def run() -> None:
-                async for reply in behaviour(_each_decoded(requests), context):
-                    await context.write(reply)
+                with self._tenants(call, context, stream=True):
+                    async for reply in behaviour(_each_decoded(requests), context):
+                        await context.write(reply)
 
             await self._serve(call, context, run)
 
         return serve
+
+    @contextlib.contextmanager
+    def _tenants(self, call: Call, context: Context, stream: bool = False) -> Iterator[None]:
+        """A call as its tenant's while it lasts. Raises when it is nobody's, or one too many."""
+        if self._auth is None:
+            yield
+            return
+        if call.caller is None:
+            call.caller = self._auth.by_certificate(context.auth_context())
+        WHOSE.set(call.tenant)
+        with (
+            call.caller.usage.call(stream),
+            self._auth.metrics.tenant_in_flight.labels(call.tenant).track_inprogress(),
+        ):
+            yield
 
     async def _serve(self, call: Call, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         """Run a call to its end, whatever that is, and account for it."""
@@ -255,6 +296,9 @@ class Door(grpc.aio.ServerInterceptor):
         self._ended += 1
         self._metrics.requests.labels(call.rpc, code).inc()
         self._metrics.request_seconds.labels(call.rpc).observe(total_s, exemplar())
+        if self._auth is not None and call.tenant:
+            self._auth.metrics.tenant_requests.labels(call.tenant, code).inc()
+            self._auth.metrics.tenant_verdicts.labels(call.tenant).inc(call.verdicts)
         if call.spot is not None:
             call.spot.end(code, error.reason if error else "", request_id=call.request_id)
         if not LOG.isEnabledFor(logging.INFO):
@@ -262,6 +306,8 @@ class Door(grpc.aio.ServerInterceptor):
         fields: dict[str, Any] = {"request_id": call.request_id, "rpc": call.rpc, "code": code}
         if call.spot is not None:
             fields["trace_id"] = call.spot.trace_id
+        if call.caller is not None:
+            fields |= {"tenant": call.tenant, "caller": call.caller.name}
         if error is not None:
             fields["reason"] = error.reason
         if call.action is not None:

@@ -97,6 +97,18 @@ class SecurityMetrics(_Named):
         self.reloads = self._counter(
             "security_reloads", "Certificates and auth files read anew.", "what", "result"
         )
+        self.credentials_refused = self._counter(
+            "credentials_refused", "Calls without a caller who is served, by reason.", "reason"
+        )
+        # Tenants are those of the auth file, whatever callers say.
+        self.tenant_requests = self._counter(
+            "tenant_requests", "Calls that ended, by tenant.", "tenant", "code"
+        )
+        self.tenant_verdicts = self._counter("tenant_verdicts", "Verdicts, by tenant.", "tenant")
+        self.tenant_refused = self._counter(
+            "tenant_refused", "What was over a tenant's quota, by quota.", "tenant", "quota"
+        )
+        self.tenant_in_flight = self._gauge("tenant_in_flight", "Calls in progress.", "tenant")
 
 
 class ReloadMetrics(_Named):
@@ -148,10 +160,11 @@ class Metrics(EngineMetrics):
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """What the HTTP probes ask."""
+    """What the HTTP probes ask; `may_read` is told the Authorization header of /metrics."""
 
     live: Callable[[], bool]
     ready: Callable[[], bool]
+    may_read: Callable[[str], bool] = lambda authorization: True
 
 
 class _Handler(WSGIRequestHandler):
@@ -164,12 +177,16 @@ class _Handler(WSGIRequestHandler):
 def application(
     metrics: Metrics, probes: Probes
 ) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
-    """The WSGI application of /metrics, /livez and /readyz."""
+    """The WSGI application of /metrics, /livez and /readyz; probes need no credentials."""
     exposition = make_wsgi_app(metrics.registry)
     answers = {"/livez": (probes.live, "live"), "/readyz": (probes.ready, "ready")}
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        if path == "/metrics" and not probes.may_read(environ.get("HTTP_AUTHORIZATION", "")):
+            wanted = [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")]
+            start_response("401 Unauthorized", wanted)
+            return [b"send a bearer token that the auth file has under metrics\n"]
         if path == "/metrics":
             shown: Iterable[bytes] = exposition(environ, start_response)
             return shown

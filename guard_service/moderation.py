@@ -32,6 +32,7 @@ from guard_service.images.reading import ImageReader
 from guard_service.matching import asked_of, unknown_to
 from guard_service.metrics import EngineMetrics
 from guard_service.prompt import BuiltPrompt, InvalidConversation
+from guard_service.security.whose import WHOSE
 from guard_service.tracing import exemplar, step
 
 LOG = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ class Moderator:
     async def _built(self, conversation: Conversation, policy: Policy) -> BuiltPrompt:
         """The prompts. A model with fixed categories gets all of them, whatever the policy judges:
         its policies then share their prefixes."""
-        chars = sum(map(len, _texts(conversation)))
+        chars = sum(map(len, texts_of(conversation)))
         bounds = self._bounds
         if chars > bounds.conversation_chars:
             raise ConversationTooLong(
@@ -269,7 +270,14 @@ class Moderator:
         judge = growing or self._batcher
         if no_cache or not self._caches:
             return await judge.assess(built.prompts, patience_s), False
-        key = key_of(self.card.digest, policy.digest, built.direction, language, built.prompts)
+        key = key_of(
+            self.card.digest,
+            policy.digest,
+            built.direction,
+            language,
+            built.prompts,
+            WHOSE.get(),  # no tenant learns, by an answer or its time, what another asked
+        )
         if (results := self._cache.get(key)) is not None:
             self._metrics.cache_hits.labels("hit").inc()
             return Ran(results, 0.0, 0.0), True
@@ -335,7 +343,8 @@ def _cannot_judge(built: BuiltPrompt, card: ModelCard) -> str:
     return f"cannot judge {' or '.join(f'{kind}s' for kind in kinds)}{why}"
 
 
-def _texts(conversation: Conversation) -> Iterator[str]:
+def texts_of(conversation: Conversation) -> Iterator[str]:
+    """All that is read of a conversation: every text, and names and arguments of tool calls."""
     for message in conversation.messages:
         for part in message.parts:
             match part:

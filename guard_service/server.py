@@ -46,6 +46,7 @@ from guard_service.metrics import (
 )
 from guard_service.remote import RemoteGuard
 from guard_service.second import SecondGuard
+from guard_service.security.authenticator import Authenticator
 from guard_service.security.certificates import CertificateError, ServerTls, TlsFiles
 from guard_service.servicer import Servicer
 from guard_service.tracing import Traces
@@ -55,6 +56,7 @@ FLUSH_S = 1.0  # after the last verdict: for its bytes to leave
 LAME_DUCK_S = 3.0  # after the drain: for telling latecomers to go elsewhere
 JOIN_S = 5.0
 PENDING_CALLS = 65_536
+METADATA_BYTES = 16 * 1024
 
 
 class GuardServer:
@@ -71,23 +73,30 @@ class GuardServer:
         """`second` is the engine of a second guard in this process, for policies with a cascade.
 
         Raises UnknownPolicy or PolicyNotSupported when the default policy cannot be served, OSError
-        for a CA of the second guard that cannot be read, or traces that cannot be had.
+        for a CA of the second guard that cannot be read, or traces that cannot be had, PolicyError
+        for a wrong auth file.
         """
         self.settings = settings
         self.address = ""
         self.metrics_port = 0
         self._metrics = Metrics()
         self._traces = traces or _traces(settings, self._metrics)
-        tracer = self._traces.tracer if self._traces else None
-        self._door = Door(self._metrics, settings.max_calls, settings.max_call_bytes, tracer)
+        registry = self._metrics.registry
+        self._security = SecurityMetrics(registry)
+        self.watcher = Watcher(settings.reload_s)
+        self._auth = self._authenticator()
+        self._door = Door(
+            self._metrics,
+            settings.max_calls,
+            settings.max_call_bytes,
+            self._traces.tracer if self._traces else None,
+            self._auth,
+        )
         self._health = Health(("", SERVICE))
         self._remote: RemoteGuard | None = None
         guards = self._guards(engine, second)
         self._live = Live(guards, policies, settings.default_policy, self._metrics)
         check_policies(self._live.judge)
-        registry = self._metrics.registry
-        self._security = SecurityMetrics(registry)
-        self.watcher = Watcher(settings.reload_s)
         self._policy_reloads = Reloads(ReloadMetrics("guard_policy", registry))
         self._follow_policies()
         self._server: grpc.aio.Server | None = None
@@ -110,6 +119,8 @@ class GuardServer:
         Raises OSError when an address is taken and EngineFailed when the model scores otherwise
         than recorded.
         """
+        for risk in exposed(self.settings):
+            LOG.warning("%s", risk)
         started_at = Timestamp()
         started_at.FromNanoseconds(time.time_ns())
         self._describe(started_at)
@@ -160,8 +171,9 @@ class GuardServer:
         server = grpc.aio.server(interceptors=(self._door,), options=_options(settings))
         guard_pb2_grpc.add_GuardServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        if settings.reflection:
+            names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         _check_free(settings)
         credentials = self._credentials()
         try:
@@ -174,6 +186,15 @@ class GuardServer:
         unix = settings.host.startswith("unix:")
         self.address = settings.host if unix else replace(settings, port=port).address
         return server
+
+    def _authenticator(self) -> Authenticator | None:
+        """Of the auth file, which is followed from now on; None without."""
+        settings = self.settings
+        if settings.auth is None:
+            return None
+        auth = Authenticator(settings.auth, settings.default_policy, self._security)
+        self.watcher.add(auth.watched)
+        return auth
 
     def _credentials(self) -> grpc.ServerCredentials | None:
         """Of the TLS files, which are followed from now on; None without."""
@@ -222,6 +243,8 @@ class GuardServer:
     def _serve_http(self) -> HttpServer:
         settings = self.settings
         probes = Probes(live=self._answers, ready=lambda: self._door.state is State.OPEN)
+        if self._auth is not None:
+            probes = replace(probes, may_read=self._auth.may_read_metrics)
         http = HttpServer(settings.metrics_host, settings.metrics_port, self._metrics, probes)
         self.metrics_port = http.port
         return http
@@ -255,6 +278,17 @@ def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
     return Traces(Spans(provider, settings.address), partial(exporting.end, provider))
 
 
+def exposed(settings: Settings) -> Iterator[str]:
+    """What others on the network could do to a service that listens beyond this machine."""
+    host = settings.host
+    if host.startswith(("unix:", "127.")) or host in ("::1", "localhost"):
+        return
+    if settings.tls_cert is None:
+        yield f"{settings.address}: texts and tokens travel unencrypted; set tls_cert and tls_key"
+    if settings.auth is None and settings.tls_client_ca is None:
+        yield f"{settings.address}: anyone who reaches it may call; set auth, or tls_client_ca"
+
+
 def _check_free(settings: Settings) -> None:
     """Raise OSError that says why an address cannot be had; gRPC's own error does not."""
     if settings.host.startswith("unix:"):
@@ -279,7 +313,11 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
         ("grpc.server.max_pending_requests", PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),
         ("grpc.server_max_unrequested_time_in_server", math.ceil(settings.max_deadline_s)),
-        ("grpc.max_metadata_size", 16 * 1024),
+        # The soft and the hard limit: between them gRPC would refuse by chance.
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing
         ("grpc.keepalive_time_ms", 60_000),  # finds dead peers
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more pings are abuse
@@ -330,6 +368,7 @@ def local_server(settings: Settings, traces: Traces | None = None) -> Iterator[s
             tls_cert=None,
             tls_key=None,
             tls_client_ca=None,
+            auth=None,
         )
         with engines_of(private) as (engine, second):
             server = GuardServer(private, engine, loaded_policies(private), second, traces)

@@ -21,6 +21,7 @@ from guard_service.interceptors import CALL
 from guard_service.judging import Judge, Judges
 from guard_service.live.reloads import Reloads
 from guard_service.moderation import Judgement
+from guard_service.security.tenant_judge import TenantJudges
 from guard_service.stream import StreamBounds, judged
 from guard_service.wire import (
     Sizes,
@@ -52,7 +53,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         self, request: guard_pb2.ClassifyRequest, context: Context
     ) -> guard_pb2.ClassifyResponse:
         """Judge the last turn of one conversation."""
-        with self.judges.held() as judge:
+        with self._theirs.held() as judge:
             judgement = await self._judge(judge, request, self._timeout_s(context))
         images = fetched_of(judgement) if request.return_images else ()
         return guard_pb2.ClassifyResponse(verdict=verdict_of(judgement), images=images)
@@ -62,11 +63,11 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
     ) -> guard_pb2.ClassifyBatchResponse:
         """Judge many, item by item, all by the same policies and models: one that fails does not
         fail the others."""
-        limit = self.settings.max_batch_items
+        limit = self._max_batch_items
         if len(request.requests) > limit:
             raise BatchTooLarge(f"{len(request.requests)} requests are over the limit of {limit}")
         timeout_s = self._timeout_s(context)
-        with self.judges.held() as judge:
+        with self._theirs.held() as judge:
             results = await asyncio.gather(
                 *(self._item(judge, item, timeout_s) for item in request.requests)
             )
@@ -78,7 +79,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         """Judge a reply while it grows."""
         settings = self.settings
         bounds = StreamBounds(self._sizes, settings.max_conversation_chars, settings.stream_idle_s)
-        verdicts = judged(request_iterator, self.judges, bounds, lambda: self._timeout_s(context))
+        verdicts = judged(request_iterator, self._theirs, bounds, lambda: self._timeout_s(context))
         async with aclosing(verdicts):  # a caller who is gone holds nothing any more
             async for covered in verdicts:
                 CALL.get().note(covered.judgement)
@@ -92,7 +93,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         self, request: guard_pb2.ListPoliciesRequest, context: Context
     ) -> guard_pb2.ListPoliciesResponse:
         """The policies that requests may name."""
-        with self.judges.held() as judge:
+        with self._theirs.held() as judge:
             policies = sorted(judge.policies.items())
             return guard_pb2.ListPoliciesResponse(
                 policies=[policy_summary_of(policy) for _, policy in policies],
@@ -104,7 +105,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
     ) -> guard_pb2.GetInfoResponse:
         """What is running."""
         settings = self.settings
-        with self.judges.held() as judge:
+        with self._theirs.held() as judge:
             cards = await judge.cards()
         tiers = (FIRST, SECOND) if len(cards) > 1 else ("",)
         return guard_pb2.GetInfoResponse(
@@ -112,7 +113,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
             models=[model_info_of(card, tier) for card, tier in zip(cards, tiers, strict=True)],
             limits=guard_pb2.Limits(
                 max_message_bytes=settings.max_message_bytes,
-                max_batch_items=settings.max_batch_items,
+                max_batch_items=self._max_batch_items,
                 max_conversation_tokens=settings.max_conversation_tokens,
                 max_messages=settings.max_messages,
                 default_deadline=duration_of(settings.default_deadline_s),
@@ -145,6 +146,17 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
             LOG.exception("a batch item failed")
             defect = InternalError("a defect of the service; its logs tell more")
             return guard_pb2.ClassifyResult(error=item_error_of(defect))
+
+    @property
+    def _theirs(self) -> Judges:
+        """Judges as whoever calls meets them."""
+        caller = CALL.get().caller
+        return self.judges if caller is None else TenantJudges(self.judges, caller.usage)
+
+    @property
+    def _max_batch_items(self) -> int:
+        caller, most = CALL.get().caller, self.settings.max_batch_items
+        return most if caller is None else int(min(most, caller.usage.tenant.bounds.batch_items))
 
     @property
     def _sizes(self) -> Sizes:

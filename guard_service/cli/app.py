@@ -15,6 +15,7 @@ from guard_service.cli.info import info
 from guard_service.cli.middleware import middleware
 from guard_service.cli.policies import policies
 from guard_service.cli.policy import policy
+from guard_service.cli.token import token
 
 app = typer.Typer(
     name="guardctl",
@@ -33,6 +34,7 @@ app.command()(info)
 app.command()(policies)
 app.add_typer(policy, name="policy")
 app.add_typer(middleware, name="middleware")
+app.add_typer(token, name="token")
 
 
 def _version(wanted: bool) -> None:

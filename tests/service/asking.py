@@ -104,9 +104,12 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def fetched(guard: Running, path: str) -> tuple[int, str]:
+async def fetched(
+    guard: Running, path: str, headers: tuple[tuple[str, str], ...] = ()
+) -> tuple[int, str]:
     """Status and body of a path of the HTTP port."""
-    url = f"http://127.0.0.1:{guard.server.metrics_port}{path}"
+    place = f"http://127.0.0.1:{guard.server.metrics_port}{path}"
+    url = urllib.request.Request(place, headers=dict(headers))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def fetch() -> tuple[int, str]:

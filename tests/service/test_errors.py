@@ -42,6 +42,11 @@ def test_the_code_is_the_one_the_contract_names(kind: type[GuardServiceError]) -
         "NOT_READY": "UNAVAILABLE",
         "INTERNAL": "INTERNAL",
         "SECOND_UNABLE": "INTERNAL",
+        "UNAUTHENTICATED": "UNAUTHENTICATED",
+        "INVALID_CREDENTIALS": "UNAUTHENTICATED",
+        "EXPIRED_CREDENTIALS": "UNAUTHENTICATED",
+        "NO_TENANT": "PERMISSION_DENIED",
+        "QUOTA_EXCEEDED": "RESOURCE_EXHAUSTED",
     }
     assert kind.code is grpc.StatusCode[codes[kind.reason]]
 

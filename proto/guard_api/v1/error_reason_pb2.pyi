@@ -68,6 +68,24 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ERROR_REASON_SECOND_UNABLE (INTERNAL): the second guard of the policy's cascade was to decide and
     could not; the server itself is well, and other messages may need no second guard.
     """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 15
+    """ERROR_REASON_UNAUTHENTICATED (UNAUTHENTICATED): the server wants credentials and there are none."""
+    ERROR_REASON_INVALID_CREDENTIALS: _ErrorReason.ValueType  # 16
+    """ERROR_REASON_INVALID_CREDENTIALS (UNAUTHENTICATED): the credentials do not count; the server
+    does not tell why.
+    """
+    ERROR_REASON_EXPIRED_CREDENTIALS: _ErrorReason.ValueType  # 17
+    """ERROR_REASON_EXPIRED_CREDENTIALS (UNAUTHENTICATED): the credentials were good until they
+    expired; fetch new ones.
+    """
+    ERROR_REASON_NO_TENANT: _ErrorReason.ValueType  # 18
+    """ERROR_REASON_NO_TENANT (PERMISSION_DENIED): the credentials are good and nobody who is served
+    here is meant by them.
+    """
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 19
+    """ERROR_REASON_QUOTA_EXCEEDED (RESOURCE_EXHAUSTED): the caller's own quota is used up, whatever
+    room there is for others; google.rpc.RetryInfo says when to try again.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the `reason` of a google.rpc.ErrorInfo, by name without the prefix
@@ -119,5 +137,23 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 ERROR_REASON_SECOND_UNABLE: ErrorReason.ValueType  # 14
 """ERROR_REASON_SECOND_UNABLE (INTERNAL): the second guard of the policy's cascade was to decide and
 could not; the server itself is well, and other messages may need no second guard.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 15
+"""ERROR_REASON_UNAUTHENTICATED (UNAUTHENTICATED): the server wants credentials and there are none."""
+ERROR_REASON_INVALID_CREDENTIALS: ErrorReason.ValueType  # 16
+"""ERROR_REASON_INVALID_CREDENTIALS (UNAUTHENTICATED): the credentials do not count; the server
+does not tell why.
+"""
+ERROR_REASON_EXPIRED_CREDENTIALS: ErrorReason.ValueType  # 17
+"""ERROR_REASON_EXPIRED_CREDENTIALS (UNAUTHENTICATED): the credentials were good until they
+expired; fetch new ones.
+"""
+ERROR_REASON_NO_TENANT: ErrorReason.ValueType  # 18
+"""ERROR_REASON_NO_TENANT (PERMISSION_DENIED): the credentials are good and nobody who is served
+here is meant by them.
+"""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 19
+"""ERROR_REASON_QUOTA_EXCEEDED (RESOURCE_EXHAUSTED): the caller's own quota is used up, whatever
+room there is for others; google.rpc.RetryInfo says when to try again.
 """
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

@@ -52,7 +52,7 @@ proto: $(GENERATED) ## write the Python code of proto/ anew
 
 proto-check: $(GENERATED) ## fail if the committed code of proto/ is stale
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && $(call generate,"$$made") && \
-	  diff -rq -x __pycache__ -x __init__.py -x '*.proto' "$$made/guard_api/v1" proto/guard_api/v1 \
+	  diff -rq -x __pycache__ -x __init__.py -x '*.proto' -x py.typed "$$made/guard_api" proto/guard_api \
 	  || { echo "proto/guard_api is stale: run make proto" >&2; exit 1; }
 
 test-protobuf: $(OLDEST_VENV)/.made ## run the wire's tests on the oldest protobuf and grpcio (make test: on the newest)
@@ -74,7 +74,7 @@ clean: ## remove the virtual environments, caches and builds
 # $(call generate,FOLDER): the Python code of proto/*.proto, written below FOLDER
 generate = PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
   -I proto --python_out=$(1) --grpc_python_out=$(1) \
-  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(wildcard proto/guard_api/v1/*.proto)
+  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(wildcard proto/guard_api/v1/*.proto proto/guard_api/ext_proc/v3/*.proto)
 
 # $(call virtual,FOLDER): a virtual environment. Without pip in it (Debian's python3 without
 # python3-venv) it is not made, and says so.

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from guard_middleware.settings import ENVIRONMENT_PREFIX, FIELDS, SettingsError, from_flags
+from guard_middleware.flags import EPILOG, GUARDS_ALL, add_log_level, add_settings
+from guard_middleware.settings import SettingsError, from_flags
 
 USAGE = 2
 
@@ -26,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {name: value for name, value in arguments.items() if value is not None}
     places = {f.name: given.pop(f.name) for f in fields(Places) if f.name in given}
     try:
-        # All that a sidecar forwards is a model's, unless told otherwise.
-        environment = {f"{ENVIRONMENT_PREFIX}GUARDED": "/", **os.environ}
-        sidecar = Sidecar(Places(**places), from_flags(given, environment))
+        settings = from_flags(given, {**GUARDS_ALL, **os.environ})
+        sidecar = Sidecar(Places(**places), settings)
     except (SettingsError, ValueError, OSError) as wrong:
         print(f"the settings are wrong:\n{wrong}", file=sys.stderr)
         return USAGE
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="guard-sidecar",
         description="Screens what goes to a model's server and what comes from it.",
-        epilog=f"Each setting can also be given as {ENVIRONMENT_PREFIX}NAME; flags go first.",
+        epilog=EPILOG,
     )
     place = parser.add_argument_group("places")
     place.add_argument("--upstream", required=True, help="http://host:port or unix:/path")
@@ -50,12 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--connections", type=int, help="at most so many at once (4096)")
     place.add_argument("--connect-timeout-s", type=float, help="to the upstream, in seconds (5)")
     place.add_argument("--read-timeout-s", type=float, help="of its silence, in seconds (600)")
-    place.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    knobs = parser.add_argument_group("settings")
-    for name, knob in FIELDS.items():
-        default = ",".join(knob.default) if isinstance(knob.default, tuple) else knob.default
-        text = f"{knob.metadata['why']} ({default})".replace("%", "%%")
-        knobs.add_argument(f"--{name.replace('_', '-')}", help=text, metavar="VALUE")
+    add_log_level(place)
+    add_settings(parser)
     return parser
 
 

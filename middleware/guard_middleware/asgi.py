@@ -11,6 +11,7 @@ from guard_middleware.bodies import has_body, without_body
 from guard_middleware.context import Context
 from guard_middleware.exchange import Exchange
 from guard_middleware.formats import FORMATS
+from guard_middleware.formats.contract import Format
 from guard_middleware.guards import Guard, open_guard
 from guard_middleware.messages import App, Receive, Scope, Send, answer
 from guard_middleware.metrics import Metrics, shared
@@ -66,11 +67,7 @@ class GuardMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        where = (str(scope["path"]), str(scope.get("root_path", "")))
-        if scope["type"] == "http":
-            found = self._find(scope["method"], *where)
-        else:
-            found = self._find_socket(*where)
+        found = self.find(scope)
         if isinstance(found, Rule):
             if found is Rule.REFUSE or found is Rule.BARE and has_body(scope["headers"]):
                 await self._refuse(scope, receive, send)
@@ -81,6 +78,13 @@ class GuardMiddleware:
             await self._shadows.run(found, scope, receive, send)
         else:
             await Exchange(self._context, found).run(scope, receive, send)
+
+    def find(self, scope: Scope) -> Format | Rule:
+        """The format that reads a request, or the rule for it."""
+        where = (str(scope["path"]), str(scope.get("root_path", "")))
+        if scope["type"] == "http":
+            return self._find(scope["method"], *where)
+        return self._find_socket(*where)
 
     async def close(self) -> None:
         """Let go of the guard; what shadow mode has under way is finished before."""

@@ -8,11 +8,11 @@ import uuid
 from dataclasses import replace
 
 from guard_middleware.asking import Ruling, rule
-from guard_middleware.bodies import Encoded, Gone, TooLarge, read_body, replaced
+from guard_middleware.bodies import Encoded, Gone, Headers, TooLarge, read_body, replaced
 from guard_middleware.context import Context, id_header, in_force, refused
 from guard_middleware.formats.contract import Asked, Format, Unreadable
 from guard_middleware.image_fetching import Fetching, inlined
-from guard_middleware.messages import Message, Receive, Scope, Send, answer, is_last
+from guard_middleware.messages import Header, Message, Receive, Scope, Send, answer, is_last
 from guard_middleware.relay import Relay
 from guard_middleware.reports import report
 from guard_middleware.strict_json import Json, Malformed, dump, parse
@@ -28,6 +28,9 @@ _REQUEST_HEADERS = (
     *(b"trailer", b"x-guard-verdict-id"),
 )
 
+
+# In a scope: the id to tell, where the caller has to know it before the reply begins.
+VERDICT_ID = "guard_middleware.verdict_id"
 
 _Call = tuple[Scope, bytes, asyncio.Task[None]]
 
@@ -45,6 +48,7 @@ class Exchange:
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it to its end. The client's leaving ends all that was begun for it."""
+        self._id = scope.get(VERDICT_ID, self._id)
         context = self._context
         with (
             context.metrics.in_progress.track_inprogress(),
@@ -179,15 +183,15 @@ async def _left(receive: Receive) -> None:
         pass
 
 
+def forwarded(headers: Headers, *more: Header) -> list[Header]:
+    """The headers of a request that goes on with a body that was judged."""
+    own = ((b"content-type", b"application/json"), (b"accept-encoding", b"identity"))
+    return replaced(headers, _REQUEST_HEADERS, *own, *more)
+
+
 def _as_asgi(scope: Scope, body: bytes, left: asyncio.Task[None]) -> tuple[Scope, Receive]:
     """What the application gets: the very values that were judged, and no way round `send`."""
-    headers = replaced(
-        scope["headers"],
-        _REQUEST_HEADERS,
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"accept-encoding", b"identity"),
-    )
+    headers = forwarded(scope["headers"], (b"content-length", str(len(body)).encode()))
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from guard_middleware.asking import conversation_of, reply_outcomes
 from guard_middleware.bodies import (
     Encoded,
+    Headers,
     TooLarge,
     Unpacker,
     coding_of,
@@ -30,7 +31,16 @@ from guard_middleware.formats.contract import (
     Unreadable,
 )
 from guard_middleware.guards import Conversation
-from guard_middleware.messages import Message, Receive, Scope, Send, StreamedAnswer, answer, is_last
+from guard_middleware.messages import (
+    Header,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    StreamedAnswer,
+    answer,
+    is_last,
+)
 from guard_middleware.screening import Screen
 from guard_middleware.strict_json import Malformed, parse
 from guard_middleware.tracing import upstream
@@ -44,6 +54,11 @@ _REPLY_HEADERS = (
     *(b"etag", b"accept-ranges", b"trailer", b"x-guard-verdict-id"),
 )
 _UNREADABLE = (Malformed, Unreadable, Encoded, TooLarge)
+
+
+def delivered(headers: Headers, id_: str) -> list[Header]:
+    """The headers of a reply that goes on as far as verdicts cover it."""
+    return replaced(headers, _REPLY_HEADERS, id_header(id_))
 
 
 class Relay:
@@ -283,7 +298,7 @@ class Relay:
 
     def _started(self) -> Message:
         assert self._start is not None
-        headers = replaced(self._start["headers"], _REPLY_HEADERS, id_header(self._id))
+        headers = delivered(self._start["headers"], self._id)
         start = {key: value for key, value in self._start.items() if key != "trailers"}
         return {**start, "headers": headers}
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
-from prometheus_client import REGISTRY
-from prometheus_client.exposition import choose_encoder
 
+from guard_middleware.admin import Admin, Unsignalled, address, readiness
 from guard_middleware.asgi import GuardMiddleware
-from guard_middleware.bodies import header
 from guard_middleware.formats.contract import Answer
 from guard_middleware.guards import Guard
-from guard_middleware.messages import Receive, Scope, Send, answer
+from guard_middleware.messages import Receive, Scope, Send
 from guard_middleware.metrics import shared
 from guard_middleware.proxy import Proxy
 from guard_middleware.settings import Settings
@@ -54,10 +50,10 @@ class Sidecar:
         self.middleware = GuardMiddleware(
             self._proxied, guard, settings=settings, tracer_provider=self._traces
         )
-        self.server = _Unsignalled(
+        self.server = Unsignalled(
             uvicorn.Config(
                 self.middleware,
-                **_address(places.listen),
+                **address(places.listen),
                 interface="asgi3",
                 lifespan="on",
                 http="h11",
@@ -71,17 +67,7 @@ class Sidecar:
                 timeout_graceful_shutdown=int(places.drain_s),
             )
         )
-        self.admin = _Unsignalled(
-            uvicorn.Config(
-                self._administer,
-                **_address(places.admin),
-                interface="asgi3",  # uvicorn takes a bound method for an application of ASGI 2
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-            )
-        )
+        self.admin = Admin(places.admin, self._readiness).server
 
     def run(self) -> None:
         """`until_signal`, in a loop of its own."""
@@ -120,34 +106,11 @@ class Sidecar:
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-    async def _administer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        match scope["path"]:
-            case "/livez":
-                await answer(send, Answer(200, "text/plain", b"ok\n"))
-            case "/readyz":
-                await answer(send, await self._readiness())
-            case "/metrics":
-                encode, kind = choose_encoder(header(scope["headers"], b"accept"))
-                await answer(send, Answer(200, kind, encode(REGISTRY)))
-            case _:
-                await answer(send, Answer(404, "text/plain", b"/livez, /readyz, /metrics\n"))
-
     async def _readiness(self) -> Answer:
         guard, upstream = await asyncio.gather(
             self.middleware.guard.ready(), self._proxy.reachable()
         )
-        drains = self.server.should_exit
-        lines = f"guard {_word(guard)}\nupstream {_word(upstream)}\n" + "draining\n" * drains
-        ready = guard and upstream and not drains
-        return Answer(200 if ready else 503, "text/plain", lines.encode())
-
-
-class _Unsignalled(uvicorn.Server):
-    """Leaves signals alone: uvicorn ends the process by them, before we have ended."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+        return readiness(self.server.should_exit, guard=guard, upstream=upstream)
 
 
 def _traces(settings: Settings) -> TracerProvider | None:
@@ -164,16 +127,3 @@ def _traces(settings: Settings) -> TracerProvider | None:
         __version__,
         lambda result, spans: shared().trace_spans.labels(result).inc(spans),
     )
-
-
-def _word(well: bool) -> str:
-    return "ok" if well else "down"
-
-
-def _address(place: str) -> dict[str, Any]:
-    if place.startswith("unix:"):
-        return {"uds": place.removeprefix("unix:")}
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"{place}: must be host:port or unix:/path")
-    return {"host": host.strip("[]"), "port": int(port)}

@@ -1,0 +1,93 @@
+"""The processor as a server: gRPC with health, and beside it readiness and metrics over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+
+from guard_middleware.admin import Admin, readiness
+from guard_middleware.ext_proc.service import SERVICE, Processor
+from guard_middleware.formats.contract import Answer
+from guard_middleware.guards import Guard
+from guard_middleware.settings import Settings
+
+_ROOM = 2**20  # of a message, besides the body in it
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a processor listens: "host:port" or "unix:/path"."""
+
+    listen: str = "127.0.0.1:9002"
+    admin: str = "127.0.0.1:9091"
+    drain_s: float = 25.0
+    exchanges: int = 4096
+
+
+class Server:
+    """A processor that is served. For one event loop."""
+
+    def __init__(self, places: Places, settings: Settings, guard: Guard | None = None) -> None:
+        """With the guard that the settings name, or another. Raises SettingsError, and ValueError
+        for places that are none."""
+        self.processor = Processor(settings, guard)
+        self.started = False
+        self.port = 0  # that it listens on
+        self._places = places
+        self._stop = asyncio.Event()
+        self.admin = Admin(places.admin, self._readiness).server
+
+    def stop(self) -> None:
+        """Take nothing new, finish what is under way."""
+        self._stop.set()
+
+    async def until_signal(self) -> None:
+        """Serve until SIGTERM or SIGINT. For the main thread."""
+        loop = asyncio.get_running_loop()
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, self.stop)
+        await self.serve()
+
+    async def serve(self) -> None:
+        """Until `stop`; then what is under way is finished, for `drain_s` at most. Raises
+        RuntimeError when the place is taken."""
+        server = self._made()
+        alive = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(alive, server)
+        self.port = server.add_insecure_port(self._places.listen)
+        await server.start()
+        for name in ("", SERVICE):
+            await alive.set(name, _SERVING)
+        beside = asyncio.create_task(self.admin.serve(), name="guard-admin")
+        self.started = True
+        try:
+            await self._stop.wait()
+            await alive.enter_graceful_shutdown()
+            await server.stop(self._places.drain_s)
+            await self.processor.close()
+        finally:
+            self.admin.should_exit = True
+            await beside
+
+    def _made(self) -> grpc.aio.Server:
+        settings = self.processor.settings
+        most = max(settings.max_body_bytes, settings.max_reply_bytes) + _ROOM
+        options = [
+            ("grpc.max_receive_message_length", most),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+        handlers = [self.processor.handler()]
+        exchanges = self._places.exchanges
+        return grpc.aio.server(
+            handlers=handlers, options=options, maximum_concurrent_rpcs=exchanges
+        )
+
+    async def _readiness(self) -> Answer:
+        return readiness(self._stop.is_set(), guard=await self.processor.middleware.guard.ready())

@@ -80,9 +80,15 @@ def test_streams_give_out_only_what_was_allowed(speech: Speech, data: st.DataObj
     if data.draw(st.booleans()):
         chunks = data.draw(st.composite(recut)(chunks))
     guard = FakeGuard(forbids(BAD), every_chars=data.draw(st.integers(1, 60)))
-    got = exchange(speech, chunks, guard, streamed=True)
+    check_stream(speech, pieces, guard, exchange(speech, chunks, guard, streamed=True))
+
+
+def check_stream(
+    speech: Speech, pieces: list[tuple[Said, str]], guard: FakeGuard, got: Reply
+) -> None:
+    """What a client got of a stream that says these pieces."""
     assert got.status == 200 and got.ended
-    whole = _joined(pieces)
+    whole = joined(pieces)
     heard = speech.heard(got.body, streamed=True)
     bad = any(BAD in text for text in whole.values())
     assert speech.refused(got.body, streamed=True) == bad
@@ -101,16 +107,20 @@ def test_streams_give_out_only_what_was_allowed(speech: Speech, data: st.DataObj
 def test_whole_replies_are_given_out_whole_or_not_at_all(
     speech: Speech, data: st.DataObject
 ) -> None:
-    whole = _joined(data.draw(scripts(speech)))
+    whole = joined(data.draw(scripts(speech)))
     body = speech.whole(whole)
     guard = FakeGuard(forbids(BAD))
-    got = exchange(speech, [body], guard, streamed=False)
+    check_whole(speech, whole, guard, exchange(speech, [body], guard, streamed=False))
+
+
+def check_whole(speech: Speech, whole: dict[Said, str], guard: FakeGuard, got: Reply) -> None:
+    """What a client got of a whole reply that says this."""
     assert got.status == 200 and got.ended
     if any(BAD in text for text in whole.values()):
         assert speech.refused(got.body, streamed=False)
         assert BAD not in "".join(speech.heard(got.body, streamed=False).values())
     else:
-        assert got.body == body
+        assert got.body == speech.whole(whole)
         allowed = "\n".join(guard.allowed)
         # Arguments that are objects on the wire are judged as the JSON that they are.
         assert all(text in allowed or _in_json(text) in allowed for text in whole.values())
@@ -120,7 +130,7 @@ def _in_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _joined(pieces: list[tuple[Said, str]]) -> dict[Said, str]:
+def joined(pieces: list[tuple[Said, str]]) -> dict[Said, str]:
     whole: dict[Said, str] = {}
     for said, text in pieces:
         whole[said] = whole.get(said, "") + text

@@ -14,6 +14,7 @@ from guard_middleware.admin import Admin, readiness
 from guard_middleware.ext_proc.service import SERVICE, Processor
 from guard_middleware.formats.contract import Answer
 from guard_middleware.guards import Guard
+from guard_middleware.metrics import Metrics
 from guard_middleware.settings import Settings
 
 _ROOM = 2**20  # of a message, besides the body in it
@@ -33,11 +34,17 @@ class Places:
 class Server:
     """A processor that is served. For one event loop."""
 
-    def __init__(self, places: Places, settings: Settings, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        places: Places,
+        settings: Settings,
+        guard: Guard | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         """With the guard that the settings name, or another. Raises SettingsError, and ValueError
         for places that are none."""
-        self.processor = Processor(settings, guard)
-        self.started = False
+        self.processor = Processor(settings, guard, metrics)
+        self.started = asyncio.Event()
         self.port = 0  # that it listens on
         self._places = places
         self._stop = asyncio.Event()
@@ -65,7 +72,7 @@ class Server:
         for name in ("", SERVICE):
             await alive.set(name, _SERVING)
         beside = asyncio.create_task(self.admin.serve(), name="guard-admin")
-        self.started = True
+        self.started.set()
         try:
             await self._stop.wait()
             await alive.enter_graceful_shutdown()

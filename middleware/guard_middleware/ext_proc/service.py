@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -145,9 +146,11 @@ class _Line:
         return message if isinstance(message, pb.ProcessingRequest) else None
 
     async def write(self, answer: pb.ProcessingResponse) -> None:
-        """Send an answer; waits while Envoy does not read."""
+        """Send an answer; waits while Envoy does not read. To a stream that is over none is sent:
+        reading tells of its end."""
         async with self._writing:
-            await self._wire.write(answer)
+            with suppress(grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                await self._wire.write(answer)
 
 
 def _invalid(message: str) -> pb.ProcessingResponse:

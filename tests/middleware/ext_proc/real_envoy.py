@@ -8,19 +8,33 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-import grpc
+import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
-from guard_middleware.ext_proc.service import Processor
+from guard_middleware.calls import Piece
+from guard_middleware.ext_proc.server import Places, Server
+from guard_middleware.guards import Conversation, Guard
+from guard_middleware.messages import App, Receive, Scope, Send
+from guard_middleware.metrics import Metrics
+from guard_middleware.service_info import PolicySummary
+from guard_middleware.settings import Settings
+from guard_middleware.testing import FakeGuard, forbids
+from guard_middleware.verdict import Outcome, StreamOutcome
+from tests.middleware.asgi_calls import Reply, listening
+from tests.middleware.wrapped import BAD
 
 WAIT_S = 60
+DUPLEX, BUFFERED, STREAMED = "FULL_DUPLEX_STREAMED", "BUFFERED", "STREAMED"
+MODES = (DUPLEX, BUFFERED, STREAMED)
 EXT_PROC = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3"
 
 
@@ -55,12 +69,12 @@ class Setup:
 
     mode: Mapping[str, str]
     more: Mapping[str, Any] = field(default_factory=dict)
-    backend_http2: bool = False
     buffer_bytes: int = 2**20
 
 
-def bootstrap(setup: Setup, folder: Path, backend: str, processor: str) -> dict[str, Any]:
-    """Envoy's configuration: one listener on a Unix socket, a backend, a processor."""
+def bootstrap(setup: Setup, folder: Path, backend: str) -> dict[str, Any]:
+    """Envoy's configuration: a listener, a processor and its own administration on Unix sockets in
+    the folder, and a backend."""
     host, _, port = backend.removeprefix("http://").partition(":")
     external = {
         "@type": f"{EXT_PROC}.ExternalProcessor",
@@ -79,6 +93,7 @@ def bootstrap(setup: Setup, folder: Path, backend: str, processor: str) -> dict[
         "http_protocol_options": {"enable_trailers": True},
         "normalize_path": True,
         "merge_slashes": True,
+        "upgrade_configs": [{"upgrade_type": "websocket"}],
         "route_config": {
             "virtual_hosts": [
                 {
@@ -107,8 +122,8 @@ def bootstrap(setup: Setup, folder: Path, backend: str, processor: str) -> dict[
         "static_resources": {
             "listeners": [listener],
             "clusters": [
-                _cluster("backend", where, http2=setup.backend_http2),
-                _cluster("guard", {"pipe": {"path": processor}}, http2=True),
+                _cluster("backend", where, http2=False),
+                _cluster("guard", {"pipe": {"path": str(folder / "processor")}}, http2=True),
             ],
         },
     }
@@ -135,21 +150,22 @@ def _cluster(name: str, address: object, http2: bool) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def processing(processor: Processor, socket: Path) -> AsyncIterator[grpc.aio.Server]:
-    """Serve a processor on a Unix socket."""
-    server = grpc.aio.server(handlers=[processor.handler()])
-    server.add_insecure_port(f"unix:{socket}")
-    await server.start()
+async def serving(server: Server) -> AsyncIterator[None]:
+    """Serve a processor."""
+    task = asyncio.create_task(server.serve())
+    started = asyncio.create_task(server.started.wait())
+    await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
     try:
-        yield server
+        yield
     finally:
-        await server.stop(None)
-        await processor.close()
+        started.cancel()
+        server.stop()
+        await task
 
 
 @asynccontextmanager
-async def envoy(config: Mapping[str, Any], folder: Path) -> AsyncIterator[Path]:
-    """A running Envoy; yields the socket that clients connect to."""
+async def envoy(config: Mapping[str, Any], folder: Path) -> AsyncIterator[None]:
+    """A running Envoy; clients connect to the socket `clients` in the folder."""
     file = folder / "envoy.json"
     file.write_text(json.dumps(config))
     with (folder / "envoy.log").open("wb") as log:
@@ -161,7 +177,7 @@ async def envoy(config: Mapping[str, Any], folder: Path) -> AsyncIterator[Path]:
         )
     try:
         await _ready(process, folder)
-        yield folder / "clients"
+        yield
     finally:
         with suppress(ProcessLookupError):
             process.kill()
@@ -174,3 +190,105 @@ async def _ready(process: asyncio.subprocess.Process, folder: Path) -> None:
             if process.returncode is not None:
                 raise AssertionError((folder / "envoy.log").read_text()[-3000:])
             await asyncio.sleep(0.02)
+
+
+class Stage:
+    """A client before an Envoy with a processor and a backend. The guard and the backend can be
+    exchanged between exchanges; `results` counts what became of these."""
+
+    def __init__(self, folder: Path, backend: App, guard: Guard, settings: Settings) -> None:
+        self.backend = backend
+        self.guard = guard
+        self.registry = CollectorRegistry()
+        self.folder = folder
+        places = Places(f"unix:{folder / 'processor'}", f"unix:{folder / 'processor-admin'}")
+        self.server = Server(places, settings, _Current(self), Metrics(self.registry))
+        self.client = httpx.AsyncClient()
+
+    async def ask(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> Reply:
+        """One request; `body` is JSON unless it is bytes. Raises httpx.HTTPError for a reply that
+        does not come to its end."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        told = {"content-type": "application/json", **(headers or {})}
+        return await self.answer(self.client.build_request("POST", path, content=raw, headers=told))
+
+    async def answer(self, request: httpx.Request) -> Reply:
+        """What comes back, as it is on the wire."""
+        response = await self.client.send(request, stream=True)
+        try:
+            chunks = [chunk async for chunk in response.aiter_raw()]
+        finally:
+            await response.aclose()
+        return Reply(response.status_code, dict(response.headers), chunks, True)
+
+    @property
+    def results(self) -> Counter[str]:
+        """How often each result was counted, as "passed" or "shadow: passed"."""
+        found: Counter[str] = Counter()
+        for metric in self.registry.collect():
+            for sample in metric.samples:
+                if sample.name == "guard_middleware_exchanges_total":
+                    shadow = "shadow: " * (sample.labels["mode"] == "shadow")
+                    found[shadow + sample.labels["result"]] += int(sample.value)
+        return found
+
+    async def counted(self, **results: int) -> bool:
+        """Whether these results are counted, in the end: Envoy may be done before the processor
+        is. Raises TimeoutError."""
+        async with asyncio.timeout(WAIT_S):
+            while self.results != results:
+                await asyncio.sleep(0.01)
+        return True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The backend of now."""
+        await self.backend(scope, receive, send)
+
+
+@asynccontextmanager
+async def stage(
+    setup: Setup, folder: Path, backend: App, guard: Guard | None = None, **settings: Any
+) -> AsyncIterator[Stage]:
+    """All of it, running; the guard forbids BAD unless another is given."""
+    given = Settings(**{"guarded": ("/",), **settings})
+    made = Stage(folder, backend, guard or FakeGuard(forbids(BAD)), given)
+    async with (
+        listening(made, lifespan="off") as upstream,
+        serving(made.server),
+        envoy(bootstrap(setup, folder, upstream), folder),
+    ):
+        transport = httpx.AsyncHTTPTransport(uds=str(folder / "clients"))
+        made.client = httpx.AsyncClient(
+            transport=transport, base_url="http://envoy", timeout=WAIT_S
+        )
+        async with made.client:
+            yield made
+
+
+def client_over(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
+    """A patient client."""
+    return httpx.AsyncClient(transport=transport, base_url="http://envoy", timeout=WAIT_S)
+
+
+class _Current:
+    """The guard that a stage has now."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    async def judge(self, conversations: Sequence[Conversation]) -> Sequence[Outcome]:
+        return await self._stage.guard.judge(conversations)
+
+    def growing(
+        self, conversation: Conversation, pieces: AsyncIterable[Piece]
+    ) -> AsyncGenerator[StreamOutcome]:
+        return self._stage.guard.growing(conversation, pieces)
+
+    async def policy(self) -> PolicySummary | None:
+        return await self._stage.guard.policy()
+
+    async def ready(self) -> bool:
+        return await self._stage.guard.ready()
+
+    async def close(self) -> None:
+        await self._stage.guard.close()

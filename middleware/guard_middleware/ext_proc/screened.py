@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from guard_api.ext_proc.v3 import processing_pb2 as pb
 from guard_middleware.asgi import GuardMiddleware
-from guard_middleware.bodies import media_type
 from guard_middleware.exchange import VERDICT_ID, forwarded
 from guard_middleware.ext_proc.modes import Modes
 from guard_middleware.ext_proc.sides import Write, side
@@ -166,18 +165,17 @@ class Screened:
             if last:
                 await self._reply_instead(*self._head, bytes(self._instead))
             return
-        if data:
-            await self._response.write(data)
         if last:
             self._answered = True
-            await self._response.finish()
+            await self._response.finish(data)
+        else:
+            await self._response.write(data)
 
     async def _begin(self, start: Message, data: bytes) -> None:
         response = self._response
         came = bool(response.headers)
         kept = came and start["status"] == _status(response.headers)
-        fits = not response.settled or _same_kind(response.headers, start["headers"])
-        if kept and fits and not (data and response.bodiless):
+        if kept and not (data and response.bodiless):
             await response.begin(_with_status(response.headers, start["headers"]))
             return
         if came and response.settled:
@@ -199,15 +197,9 @@ class Screened:
         """Hand the request on, and the reply back."""
         request, response = self._request, self._response
         await request.begin(scope["headers"])
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ConnectionError("the client has left")
-            await request.write(message.get("body", b""))
-            if not message.get("more_body", False):
-                break
+        message = await receive()  # the middleware gives what it judged in one
         self._forwarded = True
-        await request.finish()
+        await request.finish(message["body"])
         await response.arrived.wait()
         if not response.headers:
             await _cancelled()
@@ -236,7 +228,3 @@ def _status(headers: list[Header]) -> int:
 
 def _with_status(old: list[Header], new: list[Header]) -> list[Header]:
     return [*(one for one in old if one[0].startswith(b":")), *new]
-
-
-def _same_kind(old: list[Header], new: list[Header]) -> bool:
-    return media_type(old) == media_type(new)

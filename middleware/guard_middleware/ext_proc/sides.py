@@ -121,8 +121,8 @@ class Side:
         """These bytes go on behind those before."""
         raise NotImplementedError
 
-    async def finish(self) -> None:
-        """Nothing more goes on, whatever still comes."""
+    async def finish(self, data: bytes) -> None:
+        """Nothing more goes on behind these last bytes, whatever still comes."""
         raise NotImplementedError
 
 
@@ -167,8 +167,9 @@ class Buffered(Side):
         """When it is whole."""
         self._body += data
 
-    async def finish(self) -> None:
+    async def finish(self, data: bytes) -> None:
         """Answer what is open."""
+        await self.write(data)
         if not self.bodiless and not self._whole:
             raise Misled("a body that was to come whole has not come")
         self.abandon()
@@ -219,8 +220,9 @@ class Streamed(Side):
         """With the next chunk that comes."""
         self._ready += data
 
-    async def finish(self) -> None:
+    async def finish(self, data: bytes) -> None:
         """With the last chunk that came, or the next that comes; those behind that are empty."""
+        await self.write(data)
         self.abandon()
         if self._open:
             await self._give()
@@ -243,13 +245,16 @@ class Duplex(Side):
         for at in range(0, len(data), CHUNK_BYTES):
             await self._write(self._words.chunk(data[at : at + CHUNK_BYTES], end=False))
 
-    async def finish(self) -> None:
+    async def finish(self, data: bytes) -> None:
         """At once, without the trailers that came."""
         self.abandon()
         if self._trailers is not None:
+            await self.write(data)
             await self._write(self._words.trailers(without_all(self._trailers)))
         elif not self.bodiless:
-            await self._write(self._words.chunk(b"", end=True))
+            rest = (len(data) - 1) // CHUNK_BYTES * CHUNK_BYTES if data else 0
+            await self.write(data[:rest])
+            await self._write(self._words.chunk(data[rest:], end=True))
 
 
 def side(mode: Mode | None, direction: str, write: Write, early: Early) -> Side:

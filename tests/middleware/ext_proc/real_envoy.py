@@ -70,6 +70,7 @@ class Setup:
     mode: Mapping[str, str]
     more: Mapping[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**20
+    drain_s: float = 25.0
 
 
 def bootstrap(setup: Setup, folder: Path, backend: str) -> dict[str, Any]:
@@ -196,12 +197,15 @@ class Stage:
     """A client before an Envoy with a processor and a backend. The guard and the backend can be
     exchanged between exchanges; `results` counts what became of these."""
 
-    def __init__(self, folder: Path, backend: App, guard: Guard, settings: Settings) -> None:
+    def __init__(
+        self, setup: Setup, folder: Path, backend: App, guard: Guard, settings: Settings
+    ) -> None:
         self.backend = backend
         self.guard = guard
         self.registry = CollectorRegistry()
         self.folder = folder
-        places = Places(f"unix:{folder / 'processor'}", f"unix:{folder / 'processor-admin'}")
+        admin = folder / "processor-admin"
+        places = Places(f"unix:{folder / 'processor'}", f"unix:{admin}", drain_s=setup.drain_s)
         self.server = Server(places, settings, _Current(self), Metrics(self.registry))
         self.client = httpx.AsyncClient()
 
@@ -251,7 +255,7 @@ async def stage(
 ) -> AsyncIterator[Stage]:
     """All of it, running; the guard forbids BAD unless another is given."""
     given = Settings(**{"guarded": ("/",), **settings})
-    made = Stage(folder, backend, guard or FakeGuard(forbids(BAD)), given)
+    made = Stage(setup, folder, backend, guard or FakeGuard(forbids(BAD)), given)
     async with (
         listening(made, lifespan="off") as upstream,
         serving(made.server),

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     # Loaded only where a middleware is told to have its guard in its own process.
     "guard_middleware.in_process": ("guard_service",),
     # One place sets up OpenTelemetry's SDK for the two commands that serve.
-    "guard_middleware.sidecar": ("guard_service.exporting", "guard_service.__version__"),
+    "guard_middleware.traces": ("guard_service.exporting", "guard_service.__version__"),
     # The student is distilled with the very prompts that serve it, and exported into the artifact
     # that is served; figures and limits are those that guardctl has for a running guard. Of the
     # server itself the pipeline knows nothing.

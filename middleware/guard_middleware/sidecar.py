@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -15,13 +14,9 @@ from guard_middleware.asgi import GuardMiddleware
 from guard_middleware.formats.contract import Answer
 from guard_middleware.guards import Guard
 from guard_middleware.messages import Receive, Scope, Send
-from guard_middleware.metrics import shared
 from guard_middleware.proxy import Proxy
 from guard_middleware.settings import Settings
-from guard_middleware.tracing import without_opentelemetry
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+from guard_middleware.traces import end, traces
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +41,7 @@ class Sidecar:
         """With the guard that the settings name, or another. Raises ValueError for places that are
         none."""
         self._proxy = Proxy(places.upstream, places.connect_timeout_s, places.read_timeout_s)
-        self._traces = _traces(settings)
+        self._traces = traces(settings, "guard-sidecar")
         self.middleware = GuardMiddleware(
             self._proxied, guard, settings=settings, tracer_provider=self._traces
         )
@@ -88,10 +83,7 @@ class Sidecar:
         finally:
             self.admin.should_exit = True
             await beside
-            if self._traces is not None:
-                from guard_service import exporting
-
-                await asyncio.to_thread(exporting.end, self._traces)
+            await end(self._traces)
 
     async def _proxied(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -111,19 +103,3 @@ class Sidecar:
             self.middleware.guard.ready(), self._proxy.reachable()
         )
         return readiness(self.server.should_exit, guard=guard, upstream=upstream)
-
-
-def _traces(settings: Settings) -> TracerProvider | None:
-    """Where spans go, by OpenTelemetry's own variables. Raises SettingsError, and OSError where
-    they name what is not there."""
-    if settings.tracing == "off":
-        return None
-    try:
-        from guard_service import __version__, exporting
-    except ModuleNotFoundError as missing:
-        raise without_opentelemetry(missing) from missing
-    return exporting.provider(
-        "guard-sidecar",
-        __version__,
-        lambda result, spans: shared().trace_spans.labels(result).inc(spans),
-    )

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = from_flags(given, {**GUARDS_ALL, **os.environ})
         server = Server(Places(**places), settings)
-    except (SettingsError, ValueError) as wrong:
+    except (SettingsError, ValueError, OSError) as wrong:
         print(f"the settings are wrong:\n{wrong}", file=sys.stderr)
         return USAGE
     try:

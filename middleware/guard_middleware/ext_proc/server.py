@@ -16,6 +16,7 @@ from guard_middleware.formats.contract import Answer
 from guard_middleware.guards import Guard
 from guard_middleware.metrics import Metrics
 from guard_middleware.settings import Settings
+from guard_middleware.traces import end, traces
 
 _ROOM = 2**20  # of a message, besides the body in it
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -43,7 +44,8 @@ class Server:
     ) -> None:
         """With the guard that the settings name, or another. Raises SettingsError, and ValueError
         for places that are none."""
-        self.processor = Processor(settings, guard, metrics)
+        self._traces = traces(settings, "guard-ext-proc")
+        self.processor = Processor(settings, guard, metrics, self._traces)
         self.started = asyncio.Event()
         self.port = 0  # that it listens on
         self._places = places
@@ -81,6 +83,7 @@ class Server:
         finally:
             self.admin.should_exit = True
             await beside
+            await end(self._traces)
 
     def _made(self) -> grpc.aio.Server:
         settings = self.processor.settings

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -26,6 +26,9 @@ from guard_middleware.settings import Settings, SettingsError
 from guard_middleware.shadow import SKIPPED
 from guard_middleware.strict_json import dump
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
 LOG = logging.getLogger(__name__)
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -37,7 +40,11 @@ class Processor:
     pass. For one event loop."""
 
     def __init__(
-        self, settings: Settings, guard: Guard | None = None, metrics: Metrics | None = None
+        self,
+        settings: Settings,
+        guard: Guard | None = None,
+        metrics: Metrics | None = None,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         """With the guard that the settings name, or another. Raises SettingsError."""
         if settings.prompt_check == "beside":
@@ -46,12 +53,14 @@ class Processor:
                 "at before"
             )
         self.settings = settings
-        self.middleware = GuardMiddleware(backend, guard, settings=settings, metrics=metrics)
+        more: dict[str, Any] = {"metrics": metrics, "tracer_provider": tracer_provider}
+        self.middleware = GuardMiddleware(backend, guard, settings=settings, **more)
         self._listening = self.middleware
         if settings.mode != "shadow":
             listens = replace(settings, mode="shadow")
-            guard = self.middleware.guard
-            self._listening = GuardMiddleware(backend, guard, settings=listens, metrics=metrics)
+            self._listening = GuardMiddleware(
+                backend, self.middleware.guard, settings=listens, **more
+            )
         self._metrics = metrics or shared()
         self._warned: set[str] = set()
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from guard_service.cgroups import ControlGroups
+
 ENVIRONMENT_PREFIX = "GUARD_"
 MIB = 1024 * 1024
 TARGET = re.compile(r"unix:/.+|[^\s/]+:[0-9]{1,5}")  # of another server
@@ -49,7 +51,9 @@ class Settings:
     metrics: bool = _knob(True, "serve /metrics, /livez and /readyz over HTTP")
     policies: tuple[Path, ...] = _knob((), "folders of policy files, besides those built in")
     default_policy: str = _knob("default", "the policy of requests that name none")
-    threads: int = _knob(0, "threads of the engine; 0 takes one per core of this process", 0, 1024)
+    threads: int = _knob(
+        0, "threads of the engine; 0 takes one per core that this process may use", 0, 1024
+    )
     lanes: int = _knob(0, "engine runs at once, which share the threads; 0: one per 8", 0, 256)
     device: str = _knob("auto", "cpu, cuda, or auto: CUDA where the model's library has it")
     kernel_plan: str = _knob("auto", "stored, int8, fp32, or auto: the fastest here, measured once")
@@ -136,12 +140,15 @@ class Settings:
 
     @property
     def engine_threads(self) -> int:
-        """Threads of one lane; of all, as many as set, or one per core this process may use."""
+        """Threads of one lane; of all, as many as set, or one per core this process may use.
+
+        Cores are those of its affinity, or fewer where a container is limited to less time.
+        """
         return self._all_threads // self.engine_lanes
 
     @property
     def _all_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or ControlGroups().cores()
 
     @property
     def prepared_folder(self) -> Path | None:

@@ -12,7 +12,7 @@ from guard_service.config import Settings
 from guard_service.engines import Engine, ModelCard
 from guard_service.images.reading import image_reader
 from guard_service.matching import unsupported
-from guard_service.metrics import EngineMetrics
+from guard_service.metrics import EngineMetrics, show_only
 from guard_service.moderation import Bounds, Moderator
 from guard_service.tracing import exemplar
 
@@ -101,8 +101,7 @@ class Hosted:
     def describe(self) -> None:
         """Show this model in the metrics, in place of another."""
         card, metrics = self.card, self._metrics
-        metrics.model_info.clear()
-        metrics.model_info.labels(card.name, card.digest, card.engine, card.template).set(1)
+        show_only(metrics.model_info, {(card.name, card.digest, card.engine, card.template)})
         metrics.cache_entries.set_function(lambda: self.moderator.remembered)
         metrics.image_bytes.set_function(lambda: self._images.held_bytes if self._images else 0)
         metrics.queue_items.set_function(lambda: self.batcher.queued_items)

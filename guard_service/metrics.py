@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 ITEMS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def show_only(info: Gauge, shown: Collection[tuple[str, ...]]) -> None:
+    """Have an info metric tell of these label values and no others, at no moment of fewer."""
+    for values in shown:
+        info.labels(*values).set(1)
+    for sample in next(iter(info.collect())).samples:
+        values = tuple(sample.labels[name] for name in info._labelnames)
+        if values not in shown:
+            info.remove(*values)
 
 
 class _Named:
@@ -153,6 +163,9 @@ class Metrics(EngineMetrics):
         )
         self.trace_spans = counter(
             "trace_spans", "Spans that the exporter of traces was given, by result.", "result"
+        )
+        self.draining = gauge(
+            "models_draining", "Sets of models that only calls from before an exchange still need."
         )
         self.started = gauge("started_timestamp_seconds", "When the service began to serve.")
         self.ready = gauge("ready", "1 while the service takes calls.")

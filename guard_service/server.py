@@ -29,23 +29,19 @@ from guard_service.batcher import Batcher
 from guard_service.config import Settings
 from guard_service.engines import Engine, open_engine
 from guard_service.health import Health
-from guard_service.hosted import Hosted
 from guard_service.interceptors import SERVICE, Door, State
+from guard_service.live.models import ModelFiles, Open
 from guard_service.live.policies import PolicyFiles, check_policies, loaded_policies
 from guard_service.live.reloads import Reloads
-from guard_service.live.serving import Guards, Live
+from guard_service.live.serving import Live, Makers
 from guard_service.live.watching import Watcher
 from guard_service.metrics import (
-    CascadeMetrics,
-    EngineMetrics,
     HttpServer,
     Metrics,
     Probes,
     ReloadMetrics,
     SecurityMetrics,
 )
-from guard_service.remote import RemoteGuard
-from guard_service.second import SecondGuard
 from guard_service.security.authenticator import Authenticator
 from guard_service.security.certificates import CertificateError, ServerTls, TlsFiles
 from guard_service.servicer import Servicer
@@ -69,8 +65,10 @@ class GuardServer:
         policies: Mapping[str, Policy],
         second: Engine | None = None,
         traces: Traces | None = None,
+        open_model: Open | None = None,
     ) -> None:
         """`second` is the engine of a second guard in this process, for policies with a cascade.
+        `open_model` opens those that take the engines' place while the server runs.
 
         Raises UnknownPolicy or PolicyNotSupported when the default policy cannot be served, OSError
         for a CA of the second guard that cannot be read, or traces that cannot be had, PolicyError
@@ -93,12 +91,14 @@ class GuardServer:
             self._auth,
         )
         self._health = Health(("", SERVICE))
-        self._remote: RemoteGuard | None = None
-        guards = self._guards(engine, second)
+        self._makers = Makers(settings, self._metrics, self._worker_answers)
+        hosted = self._makers.second(second) if second is not None else None
+        guards = self._makers.guards(self._makers.first(engine), hosted)
         self._live = Live(guards, policies, settings.default_policy, self._metrics)
         check_policies(self._live.judge)
         self._policy_reloads = Reloads(ReloadMetrics("guard_policy", registry))
-        self._follow_policies()
+        self._model_reloads = Reloads(ReloadMetrics("guard_model", registry))
+        self._follow(open_model or partial(opened, settings))
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._up = True
@@ -127,7 +127,9 @@ class GuardServer:
         try:
             if self.settings.metrics:
                 self._http = self._serve_http()
-            servicer = Servicer(self._live, self.settings, started_at, self._policy_reloads)
+            servicer = Servicer(
+                self._live, self.settings, started_at, self._policy_reloads, self._model_reloads
+            )
             self._server = await self._bound(servicer)
             await self._server.start()
             self.watcher.start()
@@ -150,9 +152,9 @@ class GuardServer:
         if self._server is not None:
             await self._server.stop(FLUSH_S if grace_s else 0.0)
             self._server = None
-        await self._live.guards.close()
-        if self._remote is not None:
-            await self._remote.close()
+        await self._live.close()
+        if self._makers.remote is not None:
+            await self._makers.remote.close()
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
             self._http = None
@@ -222,23 +224,18 @@ class GuardServer:
         """Take calls, or none: the model that new ones get judges, or hangs."""
         self._open(State.OPEN if healthy else State.STUCK)
 
-    def _guards(self, engine: Engine, second: Engine | None) -> Guards:
-        settings, registry = self.settings, self._metrics.registry
-        first = Hosted(
-            engine, settings, self._metrics, lambda _: self.worker_answers(self.batcher.healthy)
-        )
-        if second is not None:
-            hosted = Hosted(second, settings, EngineMetrics("guard_second", registry))
-            return Guards(first, hosted, SecondGuard(hosted.moderator, CascadeMetrics(registry)))
-        if not settings.second_guard:
-            return Guards(first, None, None)
-        self._remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
-        return Guards(first, None, SecondGuard(self._remote, CascadeMetrics(registry)))
+    def _worker_answers(self) -> None:
+        self.worker_answers(self.batcher.healthy)
 
-    def _follow_policies(self) -> None:
-        files = PolicyFiles(self.settings, self._live, self._metrics, self._policy_reloads)
-        if self.settings.policies:
-            self.watcher.add(files.watched())
+    def _follow(self, open_model: Open) -> None:
+        """Policies and models, where they come from files."""
+        settings, live = self.settings, self._live
+        policies = PolicyFiles(settings, live, self._metrics, self._policy_reloads)
+        if settings.policies:
+            self.watcher.add(policies.watched())
+        models = ModelFiles(settings, live, self._makers, open_model, self._model_reloads)
+        if models.paths:
+            self.watcher.add(models.watched())
 
     def _serve_http(self) -> HttpServer:
         settings = self.settings
@@ -335,19 +332,21 @@ def engines_of(settings: Settings) -> Iterator[tuple[Engine, Engine | None]]:
     Raises ArtifactError, EngineFailed or OSError.
     """
     with ExitStack() as stack:
-        first = stack.enter_context(closing(_engine(settings, settings.model)))
+        first = stack.enter_context(closing(opened(settings, settings.model)))
         second = None
         if settings.second_model:
-            second = stack.enter_context(closing(_engine(settings, settings.second_model)))
+            second = stack.enter_context(closing(opened(settings, settings.second_model)))
         yield first, second
 
 
-def _engine(settings: Settings, model: str) -> Engine:
+def opened(settings: Settings, model: str, plan: str = "") -> Engine:
+    """A model by the other settings, and by another kernel plan than theirs where one is given.
+    Raises ArtifactError, EngineFailed or OSError."""
     return open_engine(
         model,
         settings.engine_threads,
         session_bytes=settings.session_bytes,
-        plan=settings.kernel_plan,
+        plan=plan or settings.kernel_plan,
         lanes=settings.engine_lanes,
         prepared=settings.prepared_folder,
         device=settings.device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -103,7 +102,7 @@ def _verified(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
 def _artifact(folder: Path) -> Iterator[str]:
     """The digests, then the golden prompts, as the service does before it is ready."""
     manifest = artifact.load(folder).manifest
-    engine = open_engine(folder, threads=len(os.sched_getaffinity(0)))
+    engine = open_engine(folder, threads=ControlGroups().cores())
     try:
         engine.self_test()
     finally:
@@ -137,7 +136,7 @@ def _scores(folder: Path, asked: argparse.Namespace, pulled: bool) -> Iterator[s
         raise ArtifactError(f"--tolerance {asked.tolerance} is not between 0 and 0.2")
     engine = open_engine(
         folder,
-        threads=len(os.sched_getaffinity(0)),
+        threads=ControlGroups().cores(),
         device=asked.device,
         dtype=asked.dtype,
         weights=asked.weights,

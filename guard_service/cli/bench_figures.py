@@ -6,7 +6,6 @@ them; a ratio is the median of the ratios of one turn.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ class Plan:
     @property
     def engine_threads(self) -> int:
         """One for each core of this process, unless told otherwise."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or ControlGroups().cores()
 
 
 def contenders(plan: Plan) -> list[Contender]:

@@ -18,10 +18,9 @@ from guard_service.live.serving import Live
 from guard_service.live.watching import Watched
 from guard_service.logs import FIELDS
 from guard_service.matching import unknown_to
-from guard_service.metrics import Metrics
+from guard_service.metrics import Metrics, show_only
 
 LOG = logging.getLogger(__name__)
-LABELS = ("name", "version", "digest", "mode")  # of the metric that shows them
 POLICIES = "policies"  # the name under which they are watched
 
 
@@ -61,15 +60,9 @@ class PolicyFiles:
 
     def show(self) -> None:
         """Put the policies in use into the metrics."""
-        policies, info = self._live.judge.policies.values(), self._metrics.policy_info
-        shown: set[tuple[str, ...]] = {
-            (one.name, one.version, one.digest, one.mode.value) for one in policies
-        }
-        for labels in shown:
-            info.labels(*labels).set(1)
-        for series in tuple(info.collect())[0].samples:
-            if (labels := tuple(series.labels[name] for name in LABELS)) not in shown:
-                info.remove(*labels)
+        policies = self._live.judge.policies.values()
+        shown = {(one.name, one.version, one.digest, one.mode.value) for one in policies}
+        show_only(self._metrics.policy_info, shown)
 
     def _load(self) -> dict[str, Policy]:
         return loaded_policies(self._settings)
@@ -84,7 +77,7 @@ class PolicyFiles:
         guards.prepare_for(policies)
         judge = self._live.judge_of(guards, policies)
         check_policies(judge)
-        self._live.exchange(guards, judge)
+        self._live.exchange(judge)
         self._reloads.succeeded()
         self.show()
         LOG.info("policies were loaded anew", extra={FIELDS: _changes(before, policies)})

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import ctypes
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from guard_policies.schema import Policy
 from guard_service.cascade import Cascade
+from guard_service.config import Settings
+from guard_service.engines import Engine
 from guard_service.hosted import Hosted
 from guard_service.judging import Judge
-from guard_service.metrics import Metrics
+from guard_service.logs import FIELDS
+from guard_service.metrics import CascadeMetrics, EngineMetrics, Metrics
+from guard_service.remote import RemoteGuard
 from guard_service.second import SecondGuard
+
+LOG = logging.getLogger(__name__)
 
 
 class Guards:
@@ -41,18 +50,12 @@ class Guards:
         EngineFailed and NotAssessed, as `Hosted.start`."""
         await self.first.start((judge.policy(""),))
         if self.second is not None:
-            policies = judge.policies.values()
-            await self.second.start(one.as_second() for one in policies if one.cascade)
+            await self.second.start(second_policies(judge.policies))
 
     def describe(self) -> None:
         """Show these models in the metrics."""
         for one in self.hosted:
             one.describe()
-
-    async def close(self) -> None:
-        """Fail what waits, end what runs."""
-        for one in self.hosted:
-            await one.close()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -71,6 +74,41 @@ class Guards:
         await self._idle.wait()
 
 
+class Makers:
+    """Makes guards of engines, all with the same metrics. `on_health` is told by any of them, and
+    has to ask which one counts."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, on_health: Callable[[], None]) -> None:
+        """Raises OSError for a CA of the second guard that cannot be read."""
+        self._settings = settings
+        self._metrics = metrics
+        self.on_health = on_health
+        self.remote: RemoteGuard | None = None
+        if settings.second_guard:
+            self.remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
+        if settings.second_guard or settings.second_model:
+            self._cascade = CascadeMetrics(metrics.registry)
+        if settings.second_model:
+            self._second = EngineMetrics("guard_second", metrics.registry)
+
+    def first(self, engine: Engine) -> Hosted:
+        """The first guard's model."""
+        return Hosted(engine, self._settings, self._metrics, lambda healthy: self.on_health())
+
+    def second(self, engine: Engine) -> Hosted:
+        """The second guard's, in this process."""
+        return Hosted(engine, self._settings, self._second)
+
+    def guards(self, first: Hosted, second: Hosted | None) -> Guards:
+        """These together, or the first with a second guard of another server."""
+        asked = None
+        if second is not None:
+            asked = SecondGuard(second.moderator, self._cascade)
+        elif self.remote is not None:
+            asked = SecondGuard(self.remote, self._cascade)
+        return Guards(first, second, asked)
+
+
 class Live:
     """Policies and models in use. New calls get those of now, and keep them to their end.
 
@@ -83,6 +121,8 @@ class Live:
         self.guards = guards
         self._default_policy = default_policy
         self._metrics = metrics
+        self._leaving: dict[Guards, asyncio.Task[None]] = {}
+        metrics.draining.set_function(lambda: len(self._leaving))
         guards.prepare_for(policies)
         guards.describe()
         self._judge = self.judge_of(guards, policies)
@@ -104,6 +144,49 @@ class Live:
             guards.first.moderator, guards.asked, self._metrics, policies, self._default_policy
         )
 
-    def exchange(self, guards: Guards, judge: Cascade) -> None:
-        """From now on new calls get these."""
-        self.guards, self._judge = guards, judge
+    def exchange(self, judge: Cascade, guards: Guards | None = None) -> None:
+        """From now on new calls get these. Models that are not among them are closed when the last
+        call that needs them has ended."""
+        before, self._judge = self.guards, judge
+        if guards is None or guards is before:
+            return
+        self.guards = guards
+        guards.describe()
+        self._leaving[before] = asyncio.create_task(self._leave(before))
+
+    async def close(self) -> None:
+        """Fail what waits, end what runs, in models that are leaving too."""
+        for task in self._leaving.values():
+            task.cancel()
+        await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+        for one in {one for guards in (self.guards, *self._leaving) for one in guards.hosted}:
+            await one.close()
+        self._leaving.clear()
+
+    async def _leave(self, guards: Guards) -> None:
+        """See guards off: their models that no other call can get, close, and give the memory
+        back."""
+        await guards.idle()
+        others = (self.guards, *(one for one in self._leaving if one is not guards))
+        needed = {one for other in others for one in other.hosted}
+        try:
+            for one in set(guards.hosted) - needed:
+                await one.close()
+                one.engine.close()
+                LOG.info("a model was closed", extra={FIELDS: {"digest": one.card.digest}})
+        except Exception:
+            LOG.exception("a model could not be closed")
+        del self._leaving[guards]
+        asyncio.get_running_loop().call_soon(_give_back)  # when this frame holds nothing any more
+
+
+def second_policies(policies: Mapping[str, Policy]) -> Iterator[Policy]:
+    """What the second guard of cascades serves."""
+    return (one.as_second() for one in policies.values() if one.cascade)
+
+
+def _give_back() -> None:
+    """Have freed memory go back to the system, where the C library can (glibc)."""
+    gc.collect()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -37,6 +37,7 @@ def series() -> dict[str, set[str]]:
         scraped,
         service.CascadeMetrics(scraped.registry),
         service.ReloadMetrics("guard_policy", scraped.registry),
+        service.ReloadMetrics("guard_model", scraped.registry),
         service.SecurityMetrics(scraped.registry),
         service.EngineMetrics("guard_second", scraped.registry),
         middleware.Metrics(CollectorRegistry()),

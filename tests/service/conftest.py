@@ -14,6 +14,7 @@ from guard_policies.loader import parse_policy
 from guard_service.config import Settings
 from guard_service.engines import Engine
 from guard_service.engines.fake import FakeEngine
+from guard_service.live.models import Open
 from guard_service.live.policies import loaded_policies
 from guard_service.server import GuardServer
 from guard_service.tracing import Traces
@@ -27,7 +28,7 @@ RunGuard = Callable[..., Awaitable[Running]]
 async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
     """Starts servers on unix sockets: `await run_guard(engine, policies=[yaml, ...], knob=value)`.
 
-    The policies of `folders` are those that a server reloads. They are stopped when the test ends.
+    It reloads the policies of `folders`, and models by `open_model`. They stop when the test ends.
     """
     async with AsyncExitStack() as stack:
 
@@ -37,6 +38,7 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
             second: Engine | None = None,
             traces: Traces | None = None,
             folders: tuple[Path, ...] = (),
+            open_model: Open | None = None,
             **knobs: Any,
         ) -> Running:
             engine = engine or FakeEngine()
@@ -44,7 +46,7 @@ async def run_guard(tmp_path: Path) -> AsyncIterator[RunGuard]:
             settings = Settings(**(private | knobs), policies=folders)
             own = {policy.name: policy for policy in map(parse_policy, policies)}
             server = GuardServer(
-                settings, engine, {**loaded_policies(settings), **own}, second, traces
+                settings, engine, {**loaded_policies(settings), **own}, second, traces, open_model
             )
             await server.start()
             stack.push_async_callback(server.stop, 0.0)

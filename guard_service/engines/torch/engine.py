@@ -217,9 +217,11 @@ class TorchEngine(Engine):
             )
 
     def close(self) -> None:
-        """Free the caches; the model goes with the last who holds the engine."""
+        """Free the caches and let go of the model; a run in progress, which may hang, keeps it."""
         for pool in (self._prefixes, self._images, self._sessions):
             pool.clear()
+        for held in ("_decoder", "_head"):  # whoever still has the engine does not keep these
+            self.__dict__.pop(held, None)
 
     def _prompts(self, conversation: Conversation) -> tuple[Prompt, ...]:
         categories = [BY_CODE[code] for code in self.card.categories]

@@ -18,6 +18,7 @@ from guard_service.artifact import (
     ArtifactError,
     named_folder,
 )
+from guard_service.cgroups import ControlGroups
 from guard_service.engines import Engine, EngineFailed, open_engine
 from guard_service.engines.golden import TOLERANCE, GoldenScores, recorded
 from guard_service.pulled import PULLED_FILE, PulledError, damage, read_pulled

@@ -134,6 +134,31 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel("Images", "ops", {"{{result}}": rate("guard_images_total", "result")}),
     ],
+    "Exchanged while it runs": [
+        Panel(
+            "Reloads",
+            "ops",
+            {
+                "policies {{result}}": rate("guard_policy_reloads_total", "result"),
+                "models {{result}}": rate("guard_model_reloads_total", "result"),
+            },
+        ),
+        Panel(
+            "Guards whose files are at fault",
+            "short",
+            {
+                "policies": f"sum(guard_policy_reload_failed{{{CHOSEN}}})",
+                "models": f"sum(guard_model_reload_failed{{{CHOSEN}}})",
+            },
+            "They judge by what was loaded before.",
+        ),
+        Panel(
+            "Models that are leaving",
+            "short",
+            {"still needed by older calls": f"sum(guard_models_draining{{{CHOSEN}}})"},
+            "Their memory is given back when the last of these calls has ended.",
+        ),
+    ],
     "Second guard": [
         Panel("Asking it", "s", quantiles("guard_second_seconds")),
         Panel(

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from guard_service.artifact import Artifact, load_named
+from guard_service.cgroups import ControlGroups
 from guard_service.cli.bench_contender import Contender
 from guard_service.cli.bench_machine import INT8, Machine, multiply_adds_per_token
 from guard_service.cli.bench_questions import Questions

@@ -8,6 +8,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 
 from guard_policies.schema import Policy
 from guard_service.cascade import Cascade
@@ -86,10 +87,14 @@ class Makers:
         self.remote: RemoteGuard | None = None
         if settings.second_guard:
             self.remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
-        if settings.second_guard or settings.second_model:
-            self._cascade = CascadeMetrics(metrics.registry)
-        if settings.second_model:
-            self._second = EngineMetrics("guard_second", metrics.registry)
+
+    @cached_property
+    def _cascade(self) -> CascadeMetrics:
+        return CascadeMetrics(self._metrics.registry)
+
+    @cached_property
+    def _second(self) -> EngineMetrics:
+        return EngineMetrics("guard_second", self._metrics.registry)
 
     def first(self, engine: Engine) -> Hosted:
         """The first guard's model."""

@@ -114,6 +114,14 @@ class Settings:
 
     log_level: str = _knob("info", "debug, info, warning or error")
     log_format: str = _knob("auto", "json, text, or auto: text on a terminal")
+    audit: Path | None = _knob(None, "folder of the audit log; one for each server, kept by you")
+    audit_key: Path | None = _knob(None, "its key: openssl rand -hex 32; who has it can forge it")
+    audit_payload_key: Path | None = _knob(
+        None, "X25519 public key (PEM): what was judged is recorded too, sealed for its owner"
+    )
+    audit_failure: str = _knob("refuse", "an answer that cannot be recorded: refuse, or continue")
+    audit_fsync: bool = _knob(True, "lines are on the disk before answers leave, not just written")
+    audit_segment_bytes: int = _knob(64 * MIB, "of one file of it; then the next begins", 4096)
     tracing: bool = _knob(False, "spans to OpenTelemetry's collector; OTEL_* variables say where")
     tls_cert: Path | None = _knob(None, "certificate chain (PEM); with tls_key turns TLS on")
     tls_key: Path | None = _knob(None, "private key (PEM)")
@@ -171,6 +179,7 @@ _CHOICES = {
     "kernel_plan": ("auto", "stored", "int8", "fp32"),
     "dtype": ("auto", "bfloat16", "float32"),
     "weights": ("stored", "int8", "int4"),
+    "audit_failure": ("refuse", "continue"),
 }
 
 
@@ -196,9 +205,14 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield f"second_guard: {settings.second_guard!r} is neither host:port nor unix:/path"
     if settings.second_guard_ca and not settings.second_guard:
         yield "second_guard_ca: needs second_guard too"
+    if settings.audit and not settings.audit_key:
+        yield "audit: needs audit_key too (openssl rand -hex 32 > FILE)"
+    if settings.audit_payload_key and not settings.audit:
+        yield "audit_payload_key: needs audit too"
     if settings.default_deadline_s > settings.max_deadline_s:
         yield "default_deadline_s: is over max_deadline_s"
-    for name in ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "auth"):
+    files = ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "auth")
+    for name in (*files, "audit_key", "audit_payload_key"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             yield f"{name}: {path} is not a file"

@@ -17,6 +17,7 @@ GuardServiceError
 ├── DeadlineExceeded        DEADLINE_EXCEEDED
 ├── ShuttingDown            UNAVAILABLE
 ├── NotReady                UNAVAILABLE
+├── NotRecorded             UNAVAILABLE
 ├── NotAssessed             INTERNAL, when the engine failed
 ├── SecondUnable            INTERNAL
 └── InternalError           INTERNAL
@@ -45,6 +46,7 @@ class GuardServiceError(Exception):
     reason: ClassVar[str] = "INTERNAL"
     on_unavailable: str = ""
     retry_after_s: float | None = None
+    recorded: bool = False  # in the audit log
 
     @property
     def code_number(self) -> int:
@@ -187,6 +189,13 @@ class NotReady(GuardServiceError):
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "NOT_READY"
+
+
+class NotRecorded(GuardServiceError):
+    """The audit log cannot be written, and without it no answer is given."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "NOT_RECORDED"
 
 
 class NotAssessed(GuardServiceError):

@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from guard_policies.assessment import Action
+from guard_service.audit.recording import Recorder
 from guard_service.errors import (
     GuardServiceError,
     InternalError,
@@ -117,6 +118,7 @@ class Door(grpc.aio.ServerInterceptor):
         self.state = State.STARTING
         self._metrics = metrics
         self._tracer = tracer
+        self.recorder: Recorder | None = None
         self._max_calls = max_calls
         self._max_call_bytes = max_call_bytes
         self._bytes = 0
@@ -248,6 +250,8 @@ class Door(grpc.aio.ServerInterceptor):
         except asyncio.CancelledError:
             if not self._expired:
                 code = _gone(context).name
+                if self.recorder is not None:
+                    self.recorder.gone(code)
                 raise
             error, code = ShuttingDown(), ShuttingDown.code.name
         except Exception:
@@ -257,6 +261,8 @@ class Door(grpc.aio.ServerInterceptor):
         finally:
             self._metrics.in_flight.labels(call.rpc).dec()
             self._account(call, code, error, time.perf_counter() - began)
+        if self.recorder is not None:
+            await self.recorder.refused(error)
         await _abort(context, error, call.request_id)
 
     async def _admitted(self, call: Call, run: Callable[[], Awaitable[Any]]) -> Any:

@@ -77,6 +77,19 @@ class EngineMetrics(_Named):
         )
 
 
+class AuditMetrics(_Named):
+    """What became of the lines of the audit log."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__("guard", registry)
+        self.lines = self._counter(
+            "audit_lines", "Lines of the audit log: written, or failed to be.", "result"
+        )
+        for result in ("written", "failed"):
+            self.lines.labels(result)
+        self.reached = self._gauge("audit_log_lines", "Lines of the audit log, all its segments.")
+
+
 class CascadeMetrics(_Named):
     """How the two guards of a cascade share the work, and how the second does."""
 

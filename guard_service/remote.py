@@ -28,7 +28,7 @@ from guard_service.errors import GuardServiceError
 from guard_service.moderation import Judgement, direction_of
 from guard_service.prompt import BuiltPrompt, PartReport, Prompt
 from guard_service.tracing import metadata
-from guard_service.wire import ACTIONS, DIRECTIONS, KINDS, kind_of, message_of
+from guard_service.wire import ACTIONS, DIRECTIONS, KINDS, kind_of, request_of
 
 ENGINE = "remote"
 INFO_TIMEOUT_S = 1.0
@@ -98,14 +98,8 @@ class RemoteGuard:
     ) -> Judgement:
         """Judge the last turn. Raises GuardServiceError when there is no verdict."""
         began = time.perf_counter()
-        request = guard_pb2.ClassifyRequest(
-            conversation=message_of(conversation),
-            policy=policy.name,
-            language=language,
-            no_cache=no_cache,
-            as_second=True,
-            return_images=True,
-        )
+        request = request_of(conversation, policy.name, language, no_cache, as_second=True)
+        request.return_images = True
         try:
             reply = await self._stub.Classify(
                 request, timeout=max(timeout_s, 0.001), metadata=metadata()

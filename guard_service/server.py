@@ -25,6 +25,8 @@ from prometheus_client import CollectorRegistry
 from guard_api.v1 import guard_pb2_grpc
 from guard_policies.schema import Policy
 from guard_service import __version__
+from guard_service.audit.opening import open_audit
+from guard_service.audit.recording import Audit, Audited
 from guard_service.batcher import Batcher
 from guard_service.config import Settings
 from guard_service.engines import Engine, open_engine
@@ -36,6 +38,7 @@ from guard_service.live.reloads import Reloads
 from guard_service.live.serving import Live, Makers
 from guard_service.live.watching import Watcher
 from guard_service.metrics import (
+    AuditMetrics,
     HttpServer,
     Metrics,
     Probes,
@@ -96,6 +99,8 @@ class GuardServer:
         guards = self._makers.guards(self._makers.first(engine), hosted)
         self._live = Live(guards, policies, settings.default_policy, self._metrics)
         check_policies(self._live.judge)
+        self._audit_metrics = AuditMetrics(registry)
+        self._audit: Audit | None = None
         self._policy_reloads = Reloads(ReloadMetrics("guard_policy", registry))
         self._model_reloads = Reloads(ReloadMetrics("guard_model", registry))
         self._follow(open_model or partial(opened, settings))
@@ -116,8 +121,8 @@ class GuardServer:
     async def start(self) -> None:
         """Bind, check the model against its golden prompts, then take calls.
 
-        Raises OSError when an address is taken and EngineFailed when the model scores otherwise
-        than recorded.
+        Raises OSError when an address is taken or the audit log cannot be begun, and EngineFailed
+        when the model scores otherwise than recorded.
         """
         for risk in exposed(self.settings):
             LOG.warning("%s", risk)
@@ -127,8 +132,15 @@ class GuardServer:
         try:
             if self.settings.metrics:
                 self._http = self._serve_http()
+            self._audit = open_audit(self.settings, self._audit_metrics)
+            self._door.recorder = self._audit
             servicer = Servicer(
-                self._live, self.settings, started_at, self._policy_reloads, self._model_reloads
+                self._live if self._audit is None else Audited(self._live, self._audit),
+                self.settings,
+                started_at,
+                self._policy_reloads,
+                self._model_reloads,
+                recorder=self._audit,
             )
             self._server = await self._bound(servicer)
             await self._server.start()
@@ -158,6 +170,9 @@ class GuardServer:
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
             self._http = None
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.writer.close)
+            self._audit = None
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
         self._up = False
@@ -267,6 +282,8 @@ def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
         raise OSError(
             f"tracing needs {error.name}: pip install 'llama-guard-service[tracing]'"
         ) from error
+    for result in ("sent", "failed"):
+        metrics.trace_spans.labels(result)
     provider = exporting.provider(
         "guard-service",
         __version__,

@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc
 from guard_service import __version__
+from guard_service.audit.recording import Recorder
 from guard_service.cascade import FIRST, SECOND
 from guard_service.config import Settings
 from guard_service.errors import BatchTooLarge, GuardServiceError, InternalError
@@ -48,6 +49,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
     started_at: Timestamp
     policy_reloads: Reloads | None = None
     model_reloads: Reloads | None = None
+    recorder: Recorder | None = None
 
     async def Classify(
         self, request: guard_pb2.ClassifyRequest, context: Context
@@ -140,12 +142,14 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         try:
             judgement = await self._judge(judge, request, timeout_s)
             return guard_pb2.ClassifyResult(verdict=verdict_of(judgement))
-        except GuardServiceError as error:
-            return guard_pb2.ClassifyResult(error=item_error_of(error))
+        except GuardServiceError as refused:
+            error = refused
         except Exception:
             LOG.exception("a batch item failed")
-            defect = InternalError("a defect of the service; its logs tell more")
-            return guard_pb2.ClassifyResult(error=item_error_of(defect))
+            error = InternalError("a defect of the service; its logs tell more")
+        if self.recorder is not None:
+            await self.recorder.refused(error)
+        return guard_pb2.ClassifyResult(error=item_error_of(error))
 
     @property
     def _theirs(self) -> Judges:

@@ -142,6 +142,19 @@ def message_of(conversation: Conversation) -> guard_pb2.Conversation:
     )
 
 
+def request_of(
+    conversation: Conversation, policy: str, language: str, no_cache: bool, as_second: bool
+) -> guard_pb2.ClassifyRequest:
+    """What asks a server to judge the conversation."""
+    return guard_pb2.ClassifyRequest(
+        conversation=message_of(conversation),
+        policy=policy,
+        language=language,
+        no_cache=no_cache,
+        as_second=as_second,
+    )
+
+
 def _part_message(part: Part) -> guard_pb2.Part:
     match part:
         case Text():

@@ -207,6 +207,29 @@ ROWS: dict[str, list[Panel]] = {
             {"requests": f"sum(guard_middleware_in_progress{{{CHOSEN}}})"},
         ),
     ],
+    "Audit log and traces": [
+        Panel(
+            "Lines of the audit log",
+            "ops",
+            {"{{result}}": rate("guard_audit_lines_total", "result")},
+            "What failed was refused to its caller, unless audit_failure is continue.",
+        ),
+        Panel(
+            "Audit logs reach",
+            "short",
+            {"{{instance}}": f"max by (instance) (guard_audit_log_lines{{{CHOSEN}}})"},
+            "Never falls: a witness for guardctl audit verify --reaches.",
+        ),
+        Panel(
+            "Spans sent",
+            "ops",
+            {
+                "guard {{result}}": rate("guard_trace_spans_total", "result"),
+                "sidecar {{result}}": rate("guard_middleware_trace_spans_total", "result"),
+            },
+            "A collector that fails costs spans and hurts no call.",
+        ),
+    ],
     "What runs": [
         Panel(
             "Guards that take calls",

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from guard_service.cli.audit import audit
 from guard_service.cli.bench import bench
 from guard_service.cli.bulk import bulk
 from guard_service.cli.cascade import cascade
@@ -32,6 +33,7 @@ app.command("eval")(evaluate)
 app.command()(cascade)
 app.command()(info)
 app.command()(policies)
+app.add_typer(audit, name="audit")
 app.add_typer(policy, name="policy")
 app.add_typer(middleware, name="middleware")
 app.add_typer(token, name="token")

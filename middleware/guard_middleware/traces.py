@@ -22,6 +22,8 @@ def traces(settings: Settings, command: str) -> TracerProvider | None:
         from guard_service import __version__, exporting
     except ModuleNotFoundError as missing:
         raise without_opentelemetry(missing) from missing
+    for result in ("sent", "failed"):
+        shared().trace_spans.labels(result)
     return exporting.provider(
         command,
         __version__,

@@ -40,6 +40,7 @@ def series() -> dict[str, set[str]]:
         service.ReloadMetrics("guard_model", scraped.registry),
         service.SecurityMetrics(scraped.registry),
         service.EngineMetrics("guard_second", scraped.registry),
+        service.AuditMetrics(scraped.registry),
         middleware.Metrics(CollectorRegistry()),
     )
     found = {}

@@ -47,6 +47,7 @@ def test_the_code_is_the_one_the_contract_names(kind: type[GuardServiceError]) -
         "EXPIRED_CREDENTIALS": "UNAUTHENTICATED",
         "NO_TENANT": "PERMISSION_DENIED",
         "QUOTA_EXCEEDED": "RESOURCE_EXHAUSTED",
+        "NOT_RECORDED": "UNAVAILABLE",
     }
     assert kind.code is grpc.StatusCode[codes[kind.reason]]
 

@@ -86,6 +86,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ERROR_REASON_QUOTA_EXCEEDED (RESOURCE_EXHAUSTED): the caller's own quota is used up, whatever
     room there is for others; google.rpc.RetryInfo says when to try again.
     """
+    ERROR_REASON_NOT_RECORDED: _ErrorReason.ValueType  # 20
+    """ERROR_REASON_NOT_RECORDED (UNAVAILABLE): the server's audit log cannot be written, and it is set
+    to give no answer that is not recorded; try another replica.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the `reason` of a google.rpc.ErrorInfo, by name without the prefix
@@ -155,5 +159,9 @@ here is meant by them.
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 19
 """ERROR_REASON_QUOTA_EXCEEDED (RESOURCE_EXHAUSTED): the caller's own quota is used up, whatever
 room there is for others; google.rpc.RetryInfo says when to try again.
+"""
+ERROR_REASON_NOT_RECORDED: ErrorReason.ValueType  # 20
+"""ERROR_REASON_NOT_RECORDED (UNAVAILABLE): the server's audit log cannot be written, and it is set
+to give no answer that is not recorded; try another replica.
 """
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

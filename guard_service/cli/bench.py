@@ -111,6 +111,7 @@ def bench(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 30.0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -152,5 +153,5 @@ def bench(
         threads,
         repeats,
     )
-    place = Place(server, model, (), ca, cert, key)
+    place = Place(server, model, (), ca, cert, key, token_file)
     raise typer.Exit(bench_run.run(place, how, compare_engine, as_json))

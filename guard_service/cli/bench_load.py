@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc, verdict_pb2
+from guard_middleware.bearer import TokenFile
 from guard_middleware.channel import TLS, open_aio_channel
 from guard_middleware.errors import from_rpc
 from guard_middleware.verdict import seconds
@@ -67,13 +68,19 @@ class Load:
     timeout_s: float = 30.0
 
 
-async def drive(target: str, tls: TLS | None, requests: Requests, loads: Sequence[Load]) -> Tally:
+async def drive(
+    target: str,
+    tls: TLS | None,
+    requests: Requests,
+    loads: Sequence[Load],
+    token: TokenFile | None = None,
+) -> Tally:
     """Put the loads on the guard, one after the other, on one channel; the last one's tally."""
     tally = Tally()
     async with open_aio_channel(target, tls) as channel:
         stub: guard_pb2_grpc.GuardServiceAsyncStub = guard_pb2_grpc.GuardServiceStub(channel)
         for load in loads:
-            tally = await _loop(stub, requests, load, time.perf_counter)
+            tally = await _loop(stub, requests, load, time.perf_counter, token)
     return tally
 
 
@@ -82,6 +89,7 @@ async def _loop(
     requests: Requests,
     load: Load,
     clock: Callable[[], float],
+    token: TokenFile | None,
 ) -> Tally:
     tally, begun = Tally(), clock()
     left = load.calls or 2**63
@@ -92,7 +100,8 @@ async def _loop(
             left -= 1
             request, start = next(requests), clock()
             try:
-                reply = await stub.Classify(request, timeout=load.timeout_s)
+                metadata = token.metadata() if token else ()
+                reply = await stub.Classify(request, timeout=load.timeout_s, metadata=metadata)
                 tally.add(clock() - start, reply.verdict)
             except grpc.aio.AioRpcError as failed:
                 tally.errors[from_rpc(failed).reason] += 1

@@ -158,7 +158,7 @@ def _service(place: Place, how: How) -> Tally:
     loads = [warm_up, load] if how.warm_up_s else [load]
     requests = requests_of(how)
     with place.open(apart=True) as (target, tls):
-        return asyncio.run(drive(target, tls, requests, loads))
+        return asyncio.run(drive(target, tls, requests, loads, place.token))
 
 
 def _figures_of(place: Place, how: How) -> dict[str, Any]:

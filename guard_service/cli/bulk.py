@@ -31,6 +31,7 @@ def bulk(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 60.0,
 ) -> None:
     """Judge a file of conversations: one JSON line in, one JSON line out, in order.
@@ -45,6 +46,6 @@ def bulk(
     from guard_service.cli import bulk_run
     from guard_service.cli.place import Place
 
-    place = Place(server, model, tuple(policies or ()), ca, cert, key)
+    place = Place(server, model, tuple(policies or ()), ca, cert, key, token_file)
     how = bulk_run.How(policy, language, concurrency, patience_s, timeout_s, restart)
     raise typer.Exit(bulk_run.run(source, result, place, how))

@@ -71,7 +71,12 @@ def run(source: Path, result: Path, place: Place, how: How) -> int:
             if done.lines:
                 _say(f"{done.lines} lines are in {result.name} already; going on behind them")
             target, tls = stack.enter_context(place.open(apart=True))
-            terms = Terms(timeout_s=how.timeout_s, tls=tls, retries=Retries(attempts=1))
+            terms = Terms(
+                timeout_s=how.timeout_s,
+                tls=tls,
+                token=place.token,
+                retries=Retries(attempts=1),
+            )
             judge = Judge(GuardClient(target, terms), how)
             told = stack.enter_context(progress.shown(size))
             _write_all(judge, records, output, done, lambda: told(done.lines, done.errors, tell()))

@@ -51,6 +51,7 @@ def check(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 30.0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -63,5 +64,5 @@ def check(
     from guard_service.cli.place import Place
 
     given = checking.Given(text, file, tuple(image or ()), role, tuple(context or ()))
-    place = Place(server, model, tuple(policies or ()), ca, cert, key)
+    place = Place(server, model, tuple(policies or ()), ca, cert, key, token_file)
     raise typer.Exit(checking.run(given, place, checking.Ask(policy, language, timeout_s), as_json))

@@ -46,7 +46,7 @@ def run(given: Given, place: Place, ask: Ask, as_json: bool) -> int:
         exits.fail(str(wrong), exits.USAGE)
     try:
         with place.open() as (target, tls):
-            terms = Terms(timeout_s=ask.timeout_s, tls=tls)
+            terms = Terms(timeout_s=ask.timeout_s, tls=tls, token=place.token)
             with GuardClient(target, terms) as guard:
                 verdict = guard.classify(turns, policy=ask.policy, language=ask.language)
                 notice = _notice(guard, verdict.model.name) if verdict.judged else ""

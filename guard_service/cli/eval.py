@@ -83,6 +83,7 @@ def evaluate(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 60.0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -98,7 +99,7 @@ def evaluate(
     from guard_service.cli.bulk_run import How
     from guard_service.cli.place import Place
 
-    place = Place(server, model, tuple(policies or ()), ca, cert, key)
+    place = Place(server, model, tuple(policies or ()), ca, cert, key, token_file)
     how = How(policy, "", concurrency, patience_s, timeout_s, restart)
     what = eval_run.What(data, split, scores, threshold, tuple(over_refusal or ()))
     wanted = eval_run.Wanted(out, gate, reference, as_json)

@@ -13,6 +13,7 @@ def info(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 10.0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -20,4 +21,6 @@ def info(
     from guard_service.cli import listing
     from guard_service.cli.place import Place
 
-    raise typer.Exit(listing.info(Place(server, model, (), ca, cert, key), timeout_s, as_json))
+    raise typer.Exit(
+        listing.info(Place(server, model, (), ca, cert, key, token_file), timeout_s, as_json)
+    )

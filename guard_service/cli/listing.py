@@ -22,7 +22,7 @@ def _client(place: Place, timeout_s: float) -> Iterator[GuardClient]:
     try:
         with (
             place.open() as (target, tls),
-            GuardClient(target, Terms(timeout_s=timeout_s, tls=tls)) as guard,
+            GuardClient(target, Terms(timeout_s=timeout_s, tls=tls, token=place.token)) as guard,
         ):
             yield guard
     except GuardError as error:

@@ -55,6 +55,17 @@ Key = Annotated[
         "--key", exists=True, dir_okay=False, metavar="FILE", help="Own certificate's key (PEM)."
     ),
 ]
+TokenPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        exists=True,
+        dir_okay=False,
+        metavar="FILE",
+        envvar="GUARDCTL_TOKEN_FILE",
+        help="Bearer token for the server; needs TLS (--ca), or a server on this machine.",
+    ),
+]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=0.001, metavar="SECONDS", help="Deadline of one call.")
 ]

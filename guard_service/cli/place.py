@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from guard_middleware.bearer import TokenFile, check_private
 from guard_middleware.channel import TLS
 from guard_middleware.targets import check_reachable, check_target
 from guard_service.cli import exits
@@ -26,6 +27,7 @@ class Place:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    token_file: Path | None = None
 
     @property
     def address(self) -> str:
@@ -50,6 +52,17 @@ class Place:
         start = guard_apart if apart else guard_here
         with start(self.model or "starter", self.policies) as target:
             yield target, None
+
+    @property
+    def token(self) -> TokenFile | None:
+        """What to send to the server; None for a guard of our own."""
+        if self.token_file is None or not self.address:
+            return None
+        try:
+            check_private(self.address, self._tls() is not None)
+            return TokenFile(self.token_file)
+        except ValueError as wrong:
+            exits.fail(str(wrong), exits.USAGE)
 
     def _checked(self) -> str:
         try:

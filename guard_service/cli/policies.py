@@ -14,6 +14,7 @@ def policies(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 10.0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -21,5 +22,5 @@ def policies(
     from guard_service.cli import listing
     from guard_service.cli.place import Place
 
-    place = Place(server, model, tuple(folders or ()), ca, cert, key)
+    place = Place(server, model, tuple(folders or ()), ca, cert, key, token_file)
     raise typer.Exit(listing.policies(place, timeout_s, as_json))

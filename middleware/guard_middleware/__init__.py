@@ -1,6 +1,7 @@
 """A guard in front of models: ASGI middleware, sidecar, and clients of a guard service."""
 
 from guard_middleware.asgi import GuardMiddleware
+from guard_middleware.bearer import TokenFile
 from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import TLS
 from guard_middleware.client import AsyncGuardClient, GuardClient
@@ -49,6 +50,7 @@ __all__ = [
     "Settings",
     "StreamOutcome",
     "Terms",
+    "TokenFile",
     "Unavailable",
     "Unjudged",
     "UnknownPolicy",

@@ -49,6 +49,7 @@ class AsyncGuardClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._terms = terms or Terms()
+        self._terms.check(target)
         self._fallback = Fallback(self._terms.on_unavailable, self._terms.clock)
         self._breaker = self._terms.breaker()
         self._sleep = sleep
@@ -57,9 +58,9 @@ class AsyncGuardClient:
         self._stub = guard_pb2_grpc.GuardServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
-    async def close(self) -> None:
-        """Close the channel; calls under way are cancelled."""
-        await self._channel.close()
+    async def close(self, grace_s: float | None = None) -> None:
+        """Close the channel; calls under way are cancelled, after `grace_s`."""
+        await self._channel.close(grace_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,7 +144,7 @@ class AsyncGuardClient:
             yield reader.failed(shut, policy, self._fallback)
             return
         call = self._stub.ClassifyStream(
-            timeout=limit, metadata=(*self._terms.metadata, *metadata())
+            timeout=limit, metadata=(*self._terms.call_metadata(), *metadata())
         )
         watch = Watch(self._terms.timeout_s)
         sender = asyncio.create_task(_send(call, start, pieces, watch), name="guard-stream-sender")
@@ -213,7 +214,7 @@ class AsyncGuardClient:
                 reply = await method(
                     request,
                     timeout=attempts.next_s(),
-                    metadata=(*self._terms.metadata, *metadata()),
+                    metadata=(*self._terms.call_metadata(), *metadata()),
                 )
                 self._breaker.settle(None)
                 return reply

@@ -44,6 +44,7 @@ class GuardClient:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._terms = terms or Terms()
+        self._terms.check(target)
         self._fallback = Fallback(self._terms.on_unavailable, self._terms.clock)
         self._breaker = self._terms.breaker()
         self._sleep = sleep
@@ -156,7 +157,7 @@ class GuardClient:
         while True:
             try:
                 reply = method(
-                    request, timeout=attempts.next_s(), metadata=tuple(self._terms.metadata)
+                    request, timeout=attempts.next_s(), metadata=self._terms.call_metadata()
                 )
                 self._breaker.settle(None)
                 return reply
@@ -186,7 +187,7 @@ class GuardClient:
         call = self._stub.ClassifyStream(
             _steps(start, pieces, watch, broken),
             timeout=limit,
-            metadata=tuple(self._terms.metadata),
+            metadata=self._terms.call_metadata(),
         )
         with watch.over(call):
             try:

@@ -14,6 +14,7 @@ from typing import Protocol
 import grpc
 
 from guard_api.v1 import guard_pb2
+from guard_middleware.bearer import TokenFile
 from guard_middleware.breaker import Breaking
 from guard_middleware.calls import Item, Piece
 from guard_middleware.channel import TLS
@@ -24,12 +25,14 @@ from guard_middleware.service_info import PolicySummary
 from guard_middleware.settings import Settings
 from guard_middleware.targets import check_reachable
 from guard_middleware.terms import Terms
+from guard_middleware.tls_files import TlsFiles
 from guard_middleware.tracing import Tracing, guard_call
 from guard_middleware.turns import direction_of
 from guard_middleware.verdict import Outcome, SeenImage, StreamOutcome, Unjudged
 from guard_policies.assessment import Action, Direction
 
 LOG = logging.getLogger(__name__)
+LEAVE_S = 600.0  # for what began on a channel whose certificates were renewed since
 
 Conversation = guard_pb2.Conversation
 
@@ -74,6 +77,8 @@ class RemoteGuard:
         self._settings = settings
         self._terms = terms or _terms(settings)
         self._made: AsyncGuardClient | None = None
+        self._files = TlsFiles(self._terms.tls)
+        self._leaving: set[asyncio.Task[None]] = set()  # clients whose certificates were renewed
 
     async def judge(self, conversations: Sequence[Conversation]) -> Sequence[Outcome]:
         """One outcome for each conversation, in order."""
@@ -139,10 +144,17 @@ class RemoteGuard:
     async def close(self) -> None:
         """Let go of the channel."""
         client, self._made = self._made, None
+        for task in self._leaving:
+            task.cancel()
         if client is not None:
             await client.close()
 
     async def _client(self) -> AsyncGuardClient:
+        if self._made is not None and self._files.renewed():
+            before, self._made = self._made, None
+            self._leaving.add(task := asyncio.create_task(before.close(LEAVE_S)))
+            task.add_done_callback(self._leaving.discard)
+            LOG.info("certificates of the channel to the guard were renewed")
         if self._made is None:
             self._made = AsyncGuardClient(self._settings.guard, self._terms)
         return self._made
@@ -211,6 +223,7 @@ def _terms(settings: Settings) -> Terms:
         breaking=Breaking(settings.guard_failures, settings.guard_open_s),
         on_unavailable="policy",
         tls=_tls(settings),
+        token=TokenFile(Path(settings.guard_token_file)) if settings.guard_token_file else None,
     )
 
 

@@ -41,6 +41,9 @@ class Settings:
     guard_tls_certificate: str = _knob("", "PEM file of our certificate, for guards that ask")
     guard_tls_key: str = _knob("", "PEM file of its key")
     guard_tls_name: str = _knob("", "name in the guard's certificate where it is another")
+    guard_token_file: str = _knob(
+        "", "file with a bearer token for the guard, read anew when it changes; needs TLS"
+    )
     model: str = _knob("starter", "model of the guard in this process: a name or a folder")
     policy: str = _knob("", "name of the guard's policy; empty is the guard's default")
     language: str = _knob("", "BCP 47 tag of what is said; chooses thresholds where a policy does")
@@ -197,6 +200,8 @@ def _problems(settings: Settings) -> typing.Iterator[str]:
             yield f"{name}: paths begin with /"
     if bool(settings.guard_tls_certificate) != bool(settings.guard_tls_key):
         yield "guard_tls_certificate, guard_tls_key: one needs the other"
+    if settings.guard_token_file and not settings.guard:
+        yield "guard_token_file: needs guard; one in this process wants no token"
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}

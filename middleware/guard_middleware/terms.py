@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from guard_middleware.bearer import Metadata, TokenFile, check_private
 from guard_middleware.breaker import Breaker, Breaking
 from guard_middleware.channel import TLS
 from guard_middleware.fallback import OnUnavailable
@@ -17,7 +18,8 @@ from guard_middleware.retry import Attempts, Retries
 class Terms:
     """How a client calls: times in seconds; clock and draw can be replaced in tests.
 
-    `timeout_s` is for one verdict, of a stream too; `stream_timeout_s` for a whole stream.
+    `timeout_s` is for one verdict, of a stream too; `stream_timeout_s` for a whole stream. `token`
+    is sent with each call, over TLS or within this machine.
     """
 
     timeout_s: float = 10.0
@@ -27,8 +29,18 @@ class Terms:
     on_unavailable: OnUnavailable = "raise"
     tls: TLS | None = None
     metadata: Sequence[tuple[str, str]] = ()
+    token: TokenFile | None = None
     clock: Callable[[], float] = time.monotonic
     draw: Callable[[], float] = random.random
+
+    def check(self, target: str) -> None:
+        """Raises ValueError where the token would travel to the target unencrypted."""
+        if self.token is not None:
+            check_private(target, self.tls is not None)
+
+    def call_metadata(self) -> Metadata:
+        """What is sent with a call now."""
+        return (*self.metadata, *(self.token.metadata() if self.token else ()))
 
     def attempts(self, timeout_s: float | None) -> Attempts:
         """The tries of one call under the given deadline or the usual one."""

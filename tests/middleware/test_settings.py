@@ -45,6 +45,7 @@ def test_environment_says_every_setting_and_keywords_go_first() -> None:
         ({"GUARDED_UNKWNON": "pass"}, "unkwnon: there is no such setting"),
         ({"GUARDED_GUARDED": "v1"}, "guarded: paths begin with /"),
         ({"GUARDED_GUARD_TLS_KEY": "a"}, "one needs the other"),
+        ({"GUARDED_GUARD_TOKEN_FILE": "a"}, "guard_token_file: needs guard"),
         ({"GUARDED_GUARD": "http://guard:50051"}, "guard: 'http://guard:50051' is no guard's addr"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+from guard_policies.assessment import Action
 from guard_policies.cascade import Why, sent_up
 from guard_policies.schema import Cascade as Terms
 from guard_policies.schema import Policy, WhenUnable
@@ -23,6 +24,7 @@ from guard_service.errors import (
     Unscannable,
 )
 from guard_service.growing import Growing
+from guard_service.live.candidates import Candidates
 from guard_service.matching import unsupported
 from guard_service.metrics import Metrics
 from guard_service.moderation import Judgement, Moderator, direction_of, for_policy
@@ -46,8 +48,11 @@ class Cascade:
         metrics: Metrics,
         policies: Mapping[str, Policy],
         default_policy: str,
+        candidates: Candidates | None = None,
     ) -> None:
-        """`default_policy` is the name that an empty one means."""
+        """`default_policy` is the name that an empty one means. Without `candidates` nothing is
+        compared."""
+        self.candidates = candidates
         self._first = first
         self._second = second
         self._metrics = metrics
@@ -99,8 +104,11 @@ class Cascade:
     ) -> Judgement:
         """Judge the last turn. Raises GuardServiceError when there is no verdict.
 
-        The second guard has no state of a growing conversation and reads it whole.
+        A candidate for the policy's place decides its share of conversations. The second guard has
+        no state of a growing conversation and reads it whole.
         """
+        if self.candidates is not None:
+            policy = self.candidates.chosen(policy, conversation)
         asked = _Asked(
             conversation, policy, language, no_cache, growing, time.perf_counter() + timeout_s
         )
@@ -113,7 +121,13 @@ class Cascade:
             self._metrics.errors.labels(error.reason).inc()
             raise
         self._count(judgement)
+        if self.candidates is not None:
+            self.candidates.compare(judgement, language)
         return judgement
+
+    def compared(self, policy: Policy) -> Mapping[tuple[Action | None, Action | None], int]:
+        """How often the policy whose place this one may take wished what, and this one."""
+        return self.candidates.tally(policy) if self.candidates is not None else {}
 
     async def _judged(self, asked: _Asked) -> Judgement:
         policy, terms = asked.policy, asked.policy.cascade

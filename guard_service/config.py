@@ -98,6 +98,9 @@ class Settings:
         512 * MIB, "of all growing replies; one crowded out costs time; 0 keeps none"
     )
 
+    candidate_key: Path | None = _knob(
+        None, "file whose bytes nobody else knows, so that none can choose a candidate's side"
+    )
     reload_s: float = _knob(
         5.0, "files that may change are looked at so often; 0: only on SIGHUP", 0, 86_400
     )
@@ -211,7 +214,7 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield "audit_payload_key: needs audit too"
     if settings.default_deadline_s > settings.max_deadline_s:
         yield "default_deadline_s: is over max_deadline_s"
-    files = ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "auth")
+    files = ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "candidate_key", "auth")
     for name in (*files, "audit_key", "audit_payload_key"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():

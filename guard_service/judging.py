@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+from guard_policies.assessment import Action
 from guard_policies.schema import Policy
 from guard_service.conversation import Conversation
 from guard_service.engines import ModelCard
@@ -33,6 +34,11 @@ class Judge(Protocol):
 
     def policy(self, name: str, as_second: bool = False) -> Policy:
         """The policy of that name; raises UnknownPolicy or PolicyNotSupported."""
+        ...
+
+    def compared(self, policy: Policy) -> Mapping[tuple[Action | None, Action | None], int]:
+        """How often the policy whose place this one may take wished what, and this one wished what;
+        None is no decision."""
         ...
 
     def growing(self) -> Growing:

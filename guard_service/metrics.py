@@ -167,6 +167,11 @@ class Metrics(EngineMetrics):
         self.shadow_verdicts = counter(
             "shadow_verdicts", "What policies in shadow mode would have done.", "action", "policy"
         )
+        self.candidate_verdicts = counter(
+            "candidate_verdicts",
+            "What a policy and a candidate for its place wish, from the same run of the model.",
+            *("policy", "candidate", "action", "candidate_action"),
+        )
         self.fired = counter("categories_fired", "Rules that fired.", "category", "direction")
         self.errors = counter(
             "judgement_errors", "Conversations that got no verdict, by reason.", "reason"

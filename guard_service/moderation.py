@@ -73,6 +73,7 @@ class Judgement:
     found: tuple[Decision, ...]  # of each window; `decision` is the gravest of them
     conversation: Conversation  # as it was judged: with its images fetched and decoded
     images_s: float = 0.0  # for that
+    assessments: tuple[Assessment, ...] = ()  # that `found` was decided from
     tier: str = ""  # of a cascade, and why that tier decided
     tier_reason: str = ""
 
@@ -213,6 +214,7 @@ class Moderator:
             cached_tokens=0 if from_cache else sum(r.cached_tokens for r in ran.results),
             unknown_categories=unknown,
             found=tuple(decisions),
+            assessments=tuple(found),
             conversation=conversation,
             images_s=looked - arrived,
         )

@@ -161,6 +161,7 @@ def _judgement(
             if one.code in verdict.coverage.unknown_categories
         ),
         found=(decision,),
+        assessments=(assessment,),
         conversation=_as_judged(conversation, reply.images, built.parts),
         images_s=seconds(timing.images),
     )

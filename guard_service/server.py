@@ -32,6 +32,7 @@ from guard_service.config import Settings
 from guard_service.engines import Engine, open_engine
 from guard_service.health import Health
 from guard_service.interceptors import SERVICE, Door, State
+from guard_service.live.candidates import key_of
 from guard_service.live.models import ModelFiles, Open
 from guard_service.live.policies import PolicyFiles, check_policies, loaded_policies
 from guard_service.live.reloads import Reloads
@@ -97,7 +98,8 @@ class GuardServer:
         self._makers = Makers(settings, self._metrics, self._worker_answers)
         hosted = self._makers.second(second) if second is not None else None
         guards = self._makers.guards(self._makers.first(engine), hosted)
-        self._live = Live(guards, policies, settings.default_policy, self._metrics)
+        key = key_of(settings.candidate_key)
+        self._live = Live(guards, policies, settings.default_policy, self._metrics, key)
         check_policies(self._live.judge)
         self._audit_metrics = AuditMetrics(registry)
         self._audit: Audit | None = None

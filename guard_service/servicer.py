@@ -98,7 +98,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         with self._theirs.held() as judge:
             policies = sorted(judge.policies.items())
             return guard_pb2.ListPoliciesResponse(
-                policies=[policy_summary_of(policy) for _, policy in policies],
+                policies=[policy_summary_of(one, judge.compared(one)) for _, one in policies],
                 default_policy=judge.default_policy,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -54,6 +55,9 @@ KINDS = {
     "tool_call": verdict_pb2.PART_KIND_TOOL_CALL,
     "tool_result": verdict_pb2.PART_KIND_TOOL_RESULT,
 }
+
+
+Compared = Mapping[tuple[Action | None, Action | None], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +287,27 @@ def policy_ref_of(policy: Policy) -> verdict_pb2.PolicyRef:
     return verdict_pb2.PolicyRef(name=policy.name, version=policy.version, digest=policy.digest)
 
 
-def policy_summary_of(policy: Policy) -> guard_pb2.PolicySummary:
-    """What a policy is for."""
+def _candidate_of(policy: Policy, compared: Compared) -> guard_pb2.Candidate | None:
+    if policy.candidate is None:
+        return None
+    return guard_pb2.Candidate(
+        policy=policy.candidate.of,
+        share=policy.candidate.share,
+        wishes=[
+            guard_pb2.Wishes(
+                action=ACTIONS[action] if action else verdict_pb2.ACTION_UNSPECIFIED,
+                candidate_action=ACTIONS[other] if other else verdict_pb2.ACTION_UNSPECIFIED,
+                verdicts=count,
+            )
+            for (action, other), count in compared.items()
+        ],
+    )
+
+
+def policy_summary_of(
+    policy: Policy, compared: Compared = MappingProxyType({})
+) -> guard_pb2.PolicySummary:
+    """What a policy is for, and how it compares with another (Judge.compared)."""
     return guard_pb2.PolicySummary(
         policy=policy_ref_of(policy),
         description=policy.description,
@@ -296,6 +319,7 @@ def policy_summary_of(policy: Policy) -> guard_pb2.PolicySummary:
         on_unscannable_response=ON_UNSCANNABLE[policy.on_unscannable(Direction.RESPONSE)],
         refusals=policy.refusals,
         check_every_chars=policy.stream.check_every_chars,
+        candidate=_candidate_of(policy, compared),
     )
 
 

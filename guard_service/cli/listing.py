@@ -10,8 +10,9 @@ from rich.text import Text
 
 from guard_middleware.client import GuardClient
 from guard_middleware.errors import GuardError
-from guard_middleware.service_info import ModelInfo, PolicySummary
+from guard_middleware.service_info import Candidate, ModelInfo, PolicySummary
 from guard_middleware.terms import Terms
+from guard_policies.assessment import Action
 from guard_service.cli import exits, show
 from guard_service.cli.exits import printable
 from guard_service.cli.place import Place
@@ -44,6 +45,10 @@ def info(place: Place, timeout_s: float, as_json: bool) -> int:
     for model in found.models:
         for line in _model_lines(model):
             to.print(line)
+    for what, reloads in (("policies", found.policy_reloads), ("models", found.model_reloads)):
+        if reloads is not None and reloads.problems:
+            places = printable(", ".join(reloads.problems))
+            to.print(Text(f"changed {what} could not be loaded, see its log: {places}", "red"))
     limits = found.limits
     to.print(
         f"limits  {limits.max_conversation_tokens} tokens and {limits.max_messages} messages a "
@@ -100,3 +105,25 @@ def _policy_lines(summary: PolicySummary, default: bool) -> Iterator[Text]:
         f"{summary.on_unavailable_prompt.value}, responses {summary.on_unavailable_response.value}",
         "dim",
     )
+    if summary.candidate is not None:
+        yield Text(f"    {printable(_compared(summary.candidate))}", "cyan")
+
+
+def _compared(candidate: Candidate) -> str:
+    """One line: for whose place, its share, how often both wish the same, and where not."""
+    total = sum(count for _, _, count in candidate.wishes)
+    same = sum(count for one, other, count in candidate.wishes if one is other)
+    line = f"candidate for {candidate.policy}, decides {candidate.share:g} %"
+    if not total:
+        return f"{line}; nothing compared yet"
+    apart = sorted(
+        ((count, one, other) for one, other, count in candidate.wishes if one is not other),
+        key=lambda entry: -entry[0],
+    )
+    cases = ", ".join(f"{_word(one)} -> {_word(other)} {count}" for count, one, other in apart)
+    line += f"; agrees on {100 * same / total:.1f} % of {total}"
+    return f"{line}: {cases}" if cases else line
+
+
+def _word(action: Action | None) -> str:
+    return action.value if action is not None else "no decision"

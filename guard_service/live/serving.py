@@ -16,6 +16,7 @@ from guard_service.config import Settings
 from guard_service.engines import Engine
 from guard_service.hosted import Hosted
 from guard_service.judging import Judge
+from guard_service.live.candidates import Candidates
 from guard_service.logs import FIELDS
 from guard_service.metrics import CascadeMetrics, EngineMetrics, Metrics
 from guard_service.remote import RemoteGuard
@@ -121,16 +122,25 @@ class Live:
     """
 
     def __init__(
-        self, guards: Guards, policies: Mapping[str, Policy], default_policy: str, metrics: Metrics
+        self,
+        guards: Guards,
+        policies: Mapping[str, Policy],
+        default_policy: str,
+        metrics: Metrics,
+        key: bytes = b"",
     ) -> None:
+        """`key` is that of the choice between a policy and its candidates."""
         self.guards = guards
         self._default_policy = default_policy
         self._metrics = metrics
+        self._key = key
+        self._candidates: Candidates | None = None
         self._leaving: dict[Guards, asyncio.Task[None]] = {}
         metrics.draining.set_function(lambda: len(self._leaving))
         guards.prepare_for(policies)
         guards.describe()
         self._judge = self.judge_of(guards, policies)
+        self._candidates = self._judge.candidates
 
     @property
     def judge(self) -> Cascade:
@@ -144,15 +154,24 @@ class Live:
             yield self._judge
 
     def judge_of(self, guards: Guards, policies: Mapping[str, Policy]) -> Cascade:
-        """What would judge with these."""
+        """What would judge with these. Raises PolicyNotSupported for a candidate that cannot be
+        compared."""
+        candidates = Candidates(
+            policies, guards.first.card, self._metrics, self._key, self._candidates
+        )
         return Cascade(
-            guards.first.moderator, guards.asked, self._metrics, policies, self._default_policy
+            guards.first.moderator,
+            guards.asked,
+            self._metrics,
+            policies,
+            self._default_policy,
+            candidates,
         )
 
     def exchange(self, judge: Cascade, guards: Guards | None = None) -> None:
         """From now on new calls get these. Models that are not among them are closed when the last
         call that needs them has ended."""
-        before, self._judge = self.guards, judge
+        before, self._judge, self._candidates = self.guards, judge, judge.candidates
         if guards is None or guards is before:
             return
         self.guards = guards

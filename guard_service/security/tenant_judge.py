@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from guard_policies.assessment import Action
 from guard_policies.schema import Policy
 from guard_service.conversation import Conversation, Image
 from guard_service.engines import ModelCard
@@ -53,6 +54,10 @@ class TenantJudge:
         if allowed is not None and name not in allowed:
             raise UnknownPolicy
         return self._judge.policy(name, as_second)
+
+    def compared(self, policy: Policy) -> Mapping[tuple[Action | None, Action | None], int]:
+        """Nothing: other tenants' verdicts would count too."""
+        return {}
 
     def growing(self) -> Growing:
         """For a conversation that is judged again and again while it grows; to be closed."""

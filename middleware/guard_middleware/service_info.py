@@ -46,6 +46,16 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Reloads:
+    """How exchanging policies, or models, has gone: `problems` are the places of what failed last,
+    empty where it did not."""
+
+    generation: int
+    loaded_at: datetime
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceInfo:
     """What is running."""
 
@@ -53,6 +63,18 @@ class ServiceInfo:
     models: tuple[ModelInfo, ...]
     limits: Limits
     started_at: datetime
+    policy_reloads: Reloads | None = None  # where a guard tells
+    model_reloads: Reloads | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A policy that is tried for another one's place: `wishes` are those of both, None being no
+    decision, and how often there were such; `share` is what it decides, in percent."""
+
+    policy: str
+    share: float
+    wishes: tuple[tuple[Action | None, Action | None, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +91,7 @@ class PolicySummary:
     on_unscannable_response: Unscannable
     refusals: tuple[tuple[str, str], ...]  # by language tag in lower case; "" is the base
     check_every_chars: int  # 0 where a guard does not tell
+    candidate: Candidate | None = None
 
     def refusal(self, language: str = "") -> str:
         """The text in place of what was blocked; empty where a guard does not tell any."""
@@ -94,7 +117,19 @@ def read_info(wire: guard_pb2.GetInfoResponse) -> ServiceInfo:
         default_deadline_s=seconds(wire.limits.default_deadline),
     )
     models = tuple(_model(model) for model in wire.models)
-    return ServiceInfo(wire.version, models, limits, wire.started_at.ToDatetime(tzinfo=UTC))
+    return ServiceInfo(
+        version=wire.version,
+        models=models,
+        limits=limits,
+        started_at=wire.started_at.ToDatetime(tzinfo=UTC),
+        policy_reloads=_reloads(wire.policy_reloads) if wire.HasField("policy_reloads") else None,
+        model_reloads=_reloads(wire.model_reloads) if wire.HasField("model_reloads") else None,
+    )
+
+
+def _reloads(wire: guard_pb2.Reloads) -> Reloads:
+    problems = tuple(wire.problems) if wire.HasField("failed_at") else ()
+    return Reloads(wire.generation, wire.loaded_at.ToDatetime(tzinfo=UTC), problems)
 
 
 def read_policies(wire: guard_pb2.ListPoliciesResponse) -> PolicyList:
@@ -128,7 +163,17 @@ def _policy(wire: guard_pb2.PolicySummary) -> PolicySummary:
         on_unscannable_response=_UNSCANNABLE.get(wire.on_unscannable_response, Unscannable.BLOCK),
         refusals=tuple(sorted(wire.refusals.items())),
         check_every_chars=wire.check_every_chars,
+        candidate=_candidate(wire.candidate) if wire.HasField("candidate") else None,
     )
+
+
+def _candidate(wire: guard_pb2.Candidate) -> Candidate:
+    wishes = ((_wish(one.action), _wish(one.candidate_action), one.verdicts) for one in wire.wishes)
+    return Candidate(wire.policy, wire.share, tuple(wishes))
+
+
+def _wish(wire: verdict_pb2.Action.ValueType) -> Action | None:
+    return None if wire == verdict_pb2.ACTION_UNSPECIFIED else read_action(wire)
 
 
 def _declared(wire: verdict_pb2.Action.ValueType) -> Action:

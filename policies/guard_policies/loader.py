@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
+from math import ceil
 from pathlib import Path
 
 from yaml.nodes import Node
@@ -61,9 +64,31 @@ def load_policies(places: Iterable[str | Path]) -> dict[str, Policy]:
             problems.append(Problem(where.file, where.line, where.column, message))
             continue
         policies[policy.name], found[policy.name] = policy, where
+    problems += _wrong_candidates(policies, found)
     if problems:
         raise PolicyError(problems)
     return policies
+
+
+def _wrong_candidates(
+    policies: Mapping[str, Policy], found: Mapping[str, Problem]
+) -> Iterator[Problem]:
+    """Candidates for the place of nobody, or of another candidate; and of too large a share."""
+    known = {**builtin_policies(), **policies}
+    shares: Counter[str] = Counter()
+    for name, policy in policies.items():
+        if (terms := policy.candidate) is None:
+            continue
+        shares[terms.of] += ceil(terms.share * 1000)
+        message = ""
+        if terms.of not in known:
+            message = f"candidate: there is no policy {terms.of!r} whose place it could take"
+        elif known[terms.of].candidate is not None:
+            message = f"candidate: policy {terms.of!r} is a candidate itself"
+        elif shares[terms.of] > 100_000:
+            message = f"candidate: all those for {terms.of!r} have more than 100 % together"
+        if message:
+            yield replace(found[name], message=message)
 
 
 @cache

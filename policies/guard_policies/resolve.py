@@ -53,6 +53,7 @@ def resolve(reader: Reader, draft: Draft) -> Policy:
         refusals={"": DEFAULT_REFUSAL} | dict(draft.refusals),
         cascade=draft.cascade.cascade if draft.cascade else None,
         image_uris=draft.image_uris,
+        candidate=draft.candidate,
     )
     return replace(policy, digest=_digest(policy))
 
@@ -60,8 +61,8 @@ def resolve(reader: Reader, draft: Draft) -> Policy:
 def describe(policy: Policy) -> dict[str, Any]:
     """The resolved policy as plain data (JSON-ready), for people and for its digest.
 
-    `rules` holds for each direction and language ("" is the base) the rules in order. `cascade` is
-    None without one.
+    `rules` holds for each direction and language ("" is the base) the rules in order. `cascade` and
+    `candidate` are None without one.
     """
     return {
         "name": policy.name,
@@ -90,6 +91,9 @@ def describe(policy: Policy) -> dict[str, Any]:
             "ports": list(policy.image_uris.ports),
             "schemes": list(policy.image_uris.schemes),
         },
+        "candidate": {"for": policy.candidate.of, "share": policy.candidate.share}
+        if policy.candidate
+        else None,
         "refusal": dict(policy.refusals),
     }
 
@@ -122,7 +126,7 @@ def _rules_by_language(policy: Policy, direction: Direction) -> dict[str, list[d
 def _digest(policy: Policy) -> str:
     """Of the description, less what no verdict depends on: our own words on known categories."""
     meaning = describe(policy)
-    del meaning["digest"]
+    del meaning["digest"], meaning["candidate"]
     if policy.cascade is None:
         del meaning["cascade"]  # as it was before there were cascades
     if not policy.image_uris.hosts:

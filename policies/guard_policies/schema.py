@@ -87,6 +87,15 @@ class Cascade:
     timeout_s: float = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """For which policy's place this one is tried, and its share of that one's conversations, in
+    percent; what it does not decide it is compared on."""
+
+    of: str
+    share: float = 0.0
+
+
 @dataclass(frozen=True)
 class Policy:
     """What should happen with assessed messages. Made by the loader; immutable."""
@@ -106,6 +115,7 @@ class Policy:
     refusals: Mapping[str, str] = field(repr=False)  # by lower-case tag; "" is the base
     cascade: Cascade | None = None
     image_uris: ImageUris = ImageUris()
+    candidate: Candidate | None = None  # not part of the digest: it changes no decision
 
     @property
     def custom(self) -> bool:

@@ -14,6 +14,7 @@ from guard_policies.positions import Entry, Reader, quote, suggest
 from guard_policies.schema import (
     ANY_ENGINE,
     MIN_THRESHOLD,
+    Candidate,
     Cascade,
     ImageUris,
     Mode,
@@ -34,6 +35,7 @@ LANGUAGE_CATEGORY_KEYS = (*RULE_KEYS, *DIRECTION_KEYS)
 LANGUAGE_KEYS = (*LANGUAGE_CATEGORY_KEYS, "categories")
 STREAM_KEYS = ("check_every_chars",)
 CASCADE_KEYS = ("second", "band", "categories", "images", "when_unable", "timeout_s")
+CANDIDATE_KEYS = ("for", "share")
 CASCADE_TIMEOUT_S = (0.01, 300.0)
 ABOUT_KEYS = ("name", "version", "description", "mode", "engine")
 POLICY_KEYS = (
@@ -45,6 +47,7 @@ POLICY_KEYS = (
     "stream",
     "cascade",
     "image_uris",
+    "candidate",
     "refusal",
 )
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -110,6 +113,7 @@ class Draft:
     stream: Stream
     cascade: CascadeDraft | None
     image_uris: ImageUris
+    candidate: Candidate | None
     refusals: Mapping[str, str]
 
 
@@ -135,8 +139,23 @@ def read_draft(reader: Reader, root: MappingNode) -> Draft:
         stream=_stream(reader, entries.get("stream")),
         cascade=_cascade(reader, entries.get("cascade"), codes),
         image_uris=read_image_uris(reader, entries.get("image_uris")),
+        candidate=_candidate(reader, entries.get("candidate"), entries.get("name")),
         refusals=_refusals(reader, entries.get("refusal")),
     )
+
+
+def _candidate(reader: Reader, entry: Entry | None, own: Entry | None) -> Candidate | None:
+    if entry is None:
+        return None
+    entries = reader.table(entry.value, "candidate", CANDIDATE_KEYS)
+    of = _name(reader, entries.get("for"), "for")
+    if "for" not in entries:
+        reader.report(entry.key, "a candidate needs `for`, the policy whose place it may take")
+    elif own is not None and isinstance(own.value, ScalarNode) and of == own.value.value:
+        reader.report(entries["for"].value, "a policy is no candidate for its own place")
+    found = entries.get("share")
+    share = found and reader.number(found.value, "share", 0.0, 100.0)
+    return Candidate(of, share or 0.0) if of else None
 
 
 def _text(reader: Reader, entries: Mapping[str, Entry], key: str, longest: int) -> str | None:

@@ -635,6 +635,7 @@ class PolicySummary(google.protobuf.message.Message):
     ON_UNSCANNABLE_RESPONSE_FIELD_NUMBER: builtins.int
     REFUSALS_FIELD_NUMBER: builtins.int
     CHECK_EVERY_CHARS_FIELD_NUMBER: builtins.int
+    CANDIDATE_FIELD_NUMBER: builtins.int
     description: builtins.str
     """description in a sentence or two."""
     shadow: builtins.bool
@@ -665,6 +666,10 @@ class PolicySummary(google.protobuf.message.Message):
         always there, for all other languages.
         """
 
+    @property
+    def candidate(self) -> Global___Candidate:
+        """candidate is set for a policy that is tried for another one's place."""
+
     def __init__(
         self,
         *,
@@ -678,11 +683,66 @@ class PolicySummary(google.protobuf.message.Message):
         on_unscannable_response: Global___OnUnscannable.ValueType = ...,
         refusals: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         check_every_chars: builtins.int = ...,
+        candidate: Global___Candidate | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["categories", b"categories", "check_every_chars", b"check_every_chars", "description", b"description", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "on_unscannable_prompt", b"on_unscannable_prompt", "on_unscannable_response", b"on_unscannable_response", "policy", b"policy", "refusals", b"refusals", "shadow", b"shadow"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["candidate", b"candidate", "policy", b"policy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["candidate", b"candidate", "categories", b"categories", "check_every_chars", b"check_every_chars", "description", b"description", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "on_unscannable_prompt", b"on_unscannable_prompt", "on_unscannable_response", b"on_unscannable_response", "policy", b"policy", "refusals", b"refusals", "shadow", b"shadow"]) -> None: ...
 
 Global___PolicySummary: typing_extensions.TypeAlias = PolicySummary
+
+@typing.final
+class Candidate(google.protobuf.message.Message):
+    """Candidate tells how a policy that may take another one's place compares with it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    WISHES_FIELD_NUMBER: builtins.int
+    policy: builtins.str
+    """policy whose place it may take, by name."""
+    share: builtins.float
+    """share of that policy's conversations that it decides, in percent. Its verdicts name it."""
+    @property
+    def wishes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Wishes]:
+        """wishes of both, from the same run of the model, as this server counts them; tenants see none."""
+
+    def __init__(
+        self,
+        *,
+        policy: builtins.str = ...,
+        share: builtins.float = ...,
+        wishes: collections.abc.Iterable[Global___Wishes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["policy", b"policy", "share", b"share", "wishes", b"wishes"]) -> None: ...
+
+Global___Candidate: typing_extensions.TypeAlias = Candidate
+
+@typing.final
+class Wishes(google.protobuf.message.Message):
+    """Wishes is how often two policies wished two actions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: builtins.int
+    CANDIDATE_ACTION_FIELD_NUMBER: builtins.int
+    VERDICTS_FIELD_NUMBER: builtins.int
+    action: guard_api.v1.verdict_pb2.Action.ValueType
+    """action of the policy in use; unspecified where it has no decision."""
+    candidate_action: guard_api.v1.verdict_pb2.Action.ValueType
+    """candidate_action of the candidate; unspecified where it has no decision."""
+    verdicts: builtins.int
+    """verdicts with these."""
+    def __init__(
+        self,
+        *,
+        action: guard_api.v1.verdict_pb2.Action.ValueType = ...,
+        candidate_action: guard_api.v1.verdict_pb2.Action.ValueType = ...,
+        verdicts: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "candidate_action", b"candidate_action", "verdicts", b"verdicts"]) -> None: ...
+
+Global___Wishes: typing_extensions.TypeAlias = Wishes
 
 @typing.final
 class GetInfoRequest(google.protobuf.message.Message):

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
+from guard_policies.assessment import Action
 from guard_policies.schema import Policy
 from guard_service.audit import entries
 from guard_service.audit.chain import Entry
@@ -128,6 +129,9 @@ class _AuditedJudge(Judge):
     @property
     def default_policy(self) -> str:
         return self._judge.default_policy
+
+    def compared(self, policy: Policy) -> Mapping[tuple[Action | None, Action | None], int]:
+        return self._judge.compared(policy)
 
     async def cards(self) -> Sequence[ModelCard]:
         return await self._judge.cards()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from guard_api.v1 import guard_pb2
 from guard_policies.loader import load_policies, parse_policy
 from guard_policies.positions import PolicyError
+from guard_service.cli.app import app
 from guard_service.conversation import Conversation
 from guard_service.engines.fake import FakeEngine
 from guard_service.errors import PolicyNotSupported
@@ -55,6 +58,20 @@ async def test_a_candidate_is_compared_from_the_same_run_and_decides_nothing(
     shown = (await fetched(guard, "/metrics"))[1]
     labels = 'action="block",candidate="next",candidate_action="allow",policy="shop"'
     assert f"guard_candidate_verdicts_total{{{labels}}} 1.0" in shown
+
+
+async def test_guardctl_shows_how_they_compare(run_guard: RunGuard) -> None:
+    guard = await run_guard(policies=two(5))
+
+    async def shown() -> str:
+        options = ["policies", "--server", guard.server.address]
+        result = await asyncio.to_thread(CliRunner().invoke, app, options)
+        return " ".join(result.stdout.split())
+
+    assert "candidate for shop, decides 5 %; nothing compared yet" in await shown()
+    for text in (BOMB, "hello", "good day", "good night"):
+        await verdict(guard, text)
+    assert "agrees on 75.0 % of 4: block -> allow 1" in await shown()
 
 
 async def test_its_share_of_conversations_is_decided_by_it_always_the_same_ones(

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from guard_api.v1 import guard_pb2
 from guard_middleware.async_client import AsyncGuardClient
 from guard_middleware.terms import Terms
 from guard_middleware.verdict import Verdict
 from guard_policies.assessment import Action
+from guard_service.cli.app import app
 from tests.service.asking import BOMB, Running, asked, fetched, piece, refused, start, until
 from tests.service.conftest import RunGuard
 from tests.service.test_moderation import Held
@@ -104,6 +106,10 @@ async def test_one_broken_file_keeps_all_of_before_and_says_where(
     text = (await fetched(shop.guard, "/metrics"))[1]
     assert 'guard_policy_reloads_total{result="failed"} 1.0' in text
     assert "guard_policy_reload_failed 1.0" in text
+    options = ["info", "--server", shop.guard.server.address]
+    shown = (await asyncio.to_thread(CliRunner().invoke, app, options)).stdout
+    told_places = "changed policies could not be loaded, see its log: shop.yaml:3:12, shop.yaml:4:1"
+    assert told_places in " ".join(shown.split())
 
 
 async def test_mended_files_end_the_failure(shop: Shop) -> None:

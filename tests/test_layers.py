@@ -133,14 +133,16 @@ except SystemExit:
         (all_of("guard_policies"), ("onnxruntime", "tokenizers", "numpy", "grpc", *HEAVY)),
         (
             all_of("guard_middleware", "guard_middleware.in_process"),
-            ("onnxruntime", "tokenizers", "numpy", *HEAVY),
+            ("onnxruntime", "tokenizers", "numpy", "PIL", "typer", "rich", *HEAVY),
         ),
+        # What a sidecar that traces loads besides.
+        ("import guard_service.exporting", ("onnxruntime", "tokenizers", "numpy", "PIL", *HEAVY)),
         ("import guard_service.__main__", HEAVY),
         # What decodes and fetches images is loaded by the processes and policies that do so.
         ("import guard_service.server, guard_service.engines.onnx", (*HEAVY, "PIL", "aiohttp")),
         (HELP, ("onnxruntime", "tokenizers", "numpy", "grpc", "google", "yaml", *HEAVY)),
     ],
-    ids=["policies", "middleware", "guard-service", "server with onnx", "guardctl --help"],
+    ids=["policies", "middleware", "tracing", "guard-service", "server with onnx", "guardctl --help"],
 )
 def test_light_packages_stay_light(code: str, unwanted: tuple[str, ...]) -> None:
     if "guard_service.__main__" in code and not (ROOT / "guard_service/__main__.py").exists():

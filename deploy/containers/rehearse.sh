@@ -15,9 +15,9 @@ wheel=$(echo "$place"/wheel/*.whl)
 
 for target in "$@"; do
   case $target in
-    service) extras='' command=guard-service ;;
-    sidecar) extras='[sidecar]' command=guard-sidecar ;;
-    vision) extras='[vision,pull,quantization]' command=guard-service ;;
+    service) extras='[tracing]' command=guard-service ;;
+    sidecar) extras='[sidecar,tracing]' command=guard-sidecar ;;
+    vision) extras='[vision,fetch,pull,quantization,tracing]' command=guard-service ;;
     *) echo "no target $target" >&2; exit 2 ;;
   esac
   "${PYTHON:-python3}" -m venv --without-pip "$place/$target"

@@ -130,7 +130,13 @@ def _private(folder: Path) -> Path | None:
         LOG.info("nothing is kept in %s: %s", folder, error.strerror)
         return None
     if not safe:
-        LOG.warning("%s is not this user's alone; nothing is kept there or read from it", folder)
+        LOG.warning(
+            "%s is not this user's alone; nothing is kept there or read from it: it, and all above "
+            "it, must belong to this user or root, and others may write into it only where it is "
+            "sticky, as /tmp is; on a Kubernetes volume let an init container make a folder and "
+            "mount that by its subPath",
+            folder,
+        )
         return None
     return folder if os.access(folder, os.W_OK) else None
 

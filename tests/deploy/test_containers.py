@@ -122,6 +122,20 @@ def test_extras_that_are_installed_are_declared() -> None:
     assert named and named <= PYPROJECT["project"]["optional-dependencies"].keys()
 
 
+@pytest.mark.parametrize(
+    ("target", "needed"),
+    [
+        ("service", {"tracing"}),
+        ("sidecar", {"sidecar", "tracing"}),
+        ("vision", {"vision", "fetch", "tracing"}),  # it sees images, those at addresses too
+    ],
+)
+def test_an_image_has_what_its_settings_can_ask_for(target: str, needed: set[str]) -> None:
+    (installed,) = (rest for name, rest in stages()[f"{target}-packages"] if name == "RUN")
+    extras = installed.partition("*.whl)[")[2].partition("]")[0].split(",")
+    assert needed <= set(extras)
+
+
 def test_the_rehearsal_installs_what_the_images_have() -> None:
     rehearsed = (DOCKERFILE.with_name("rehearse.sh")).read_text()
     for target in IMAGES:

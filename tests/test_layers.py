@@ -142,7 +142,14 @@ except SystemExit:
         ("import guard_service.server, guard_service.engines.onnx", (*HEAVY, "PIL", "aiohttp")),
         (HELP, ("onnxruntime", "tokenizers", "numpy", "grpc", "google", "yaml", *HEAVY)),
     ],
-    ids=["policies", "middleware", "tracing", "guard-service", "server with onnx", "guardctl --help"],
+    ids=[
+        "policies",
+        "middleware",
+        "tracing",
+        "guard-service",
+        "server with onnx",
+        "guardctl --help",
+    ],
 )
 def test_light_packages_stay_light(code: str, unwanted: tuple[str, ...]) -> None:
     if "guard_service.__main__" in code and not (ROOT / "guard_service/__main__.py").exists():

@@ -87,8 +87,9 @@ class Process:
         await asyncio.to_thread(self._popen.wait)
 
     async def ended(self, patience_s: float = 30.0) -> int:
-        """SIGTERM, and its exit code; SIGKILL after a while."""
-        assert self._popen is not None
+        """SIGTERM, and its exit code; SIGKILL after a while. 0 for one that was never started."""
+        if self._popen is None:
+            return 0
         if self._popen.poll() is None:
             self.signal(signal.SIGCONT)
             self.signal(signal.SIGTERM)

@@ -23,6 +23,7 @@ from tests.marker.upstream import HOW, MARKER, REPLIES
 
 UNSAFE = f"fake-bomb {MARKER}"
 TOKEN = f"Bearer {MARKER}"
+GOOD, OLD = f"Bearer known-{MARKER * 3}", f"old-{MARKER * 3}"  # to the guard that knows callers
 _M = MARKER.encode()
 _SERVICE = "/guard_api.v1.GuardService/"
 _SECRETS = (
@@ -164,6 +165,31 @@ async def over_grpc(target: str) -> list[str]:
                 errors.append(str(told))
             await asyncio.sleep(0)
     return errors
+
+
+async def as_strangers(target: str) -> list[str]:
+    """Calls with credentials that are wrong, too old, or nobody's, and one with a good one: what
+    is said to each."""
+    said = []
+    request = guard_pb2.ClassifyRequest(conversation=_turn(UNSAFE)).SerializeToString()
+    jwt = ".".join(
+        base64.urlsafe_b64encode(json.dumps(one).encode()).decode().rstrip("=")
+        for one in ({"alg": MARKER, "kid": MARKER}, {"iss": MARKER, "sub": MARKER}, MARKER)
+    )
+    async with grpc.aio.insecure_channel(target) as channel:
+        call: Any = channel.unary_unary(f"{_SERVICE}Classify", bytes, bytes)
+        for token in (TOKEN, f"Basic {MARKER}", f"Bearer {jwt}", MARKER, f"Bearer {OLD}", GOOD):
+            try:
+                await call(request, metadata=(("authorization", token),), timeout=60)
+                said.append("OK")
+            except grpc.aio.AioRpcError as error:
+                said.append(str([error.details(), error.trailing_metadata()]))
+    return said
+
+
+def _turn(text: str) -> guard_pb2.Conversation:
+    message = guard_pb2.Message(role=guard_pb2.ROLE_USER, parts=[guard_pb2.Part(text=text)])
+    return guard_pb2.Conversation(messages=[message])
 
 
 def _items(rpc: str, reply: bytes) -> str:

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from guard_middleware.conformance.run import deployment
+from guard_service.security.tokens import digest_of
 from tests.chaos.processes import Process, free_ports
 from tests.chaos.stage import asked, ready_at
-from tests.marker.sending import UNSAFE, answered, over_grpc
+from tests.marker.sending import GOOD, OLD, UNSAFE, answered, as_strangers, over_grpc
 from tests.marker.upstream import ADDRESS, MARKER, Upstream
 from tests.service.traced import receiving
 
@@ -74,7 +75,7 @@ async def sent(
     """Start the processes, send them all there is, end them."""
     guard = f"127.0.0.1:{ports['guard']}"
     try:
-        await processes["guard"].start()
+        await asyncio.gather(*(processes[name].start() for name in ("guard", "strict")))
         await asyncio.gather(*(processes[name].start() for name in ("sidecar", "app")))
         doors = ("sidecar", "app")
         places = [
@@ -84,9 +85,13 @@ async def sent(
         for name, answers in zip(doors, both, strict=True):
             told.answers += [(f"{name}: {case.name}", got) for case, got in answers]
         told.texts["errors of gRPC"] = "\n".join(await over_grpc(guard))
+        strangers = await as_strangers(f"127.0.0.1:{ports['strict']}")
+        assert len(strangers) == 6 and strangers[-1] == "OK"
+        told.texts["errors to strangers"] = "\n".join(strangers[:-1])
         told.texts["guardctl"] = await asyncio.to_thread(from_guardctl, guard, folder)
-        for name, admin in (("guard", "http"), ("sidecar", "admin"), ("app", "app")):
-            told.texts[f"metrics of {name}"] = await asked(ports[admin], "/metrics")
+        admin = {"guard": "http", "strict": "strict http", "sidecar": "admin", "app": "app"}
+        for name, port in admin.items():
+            told.texts[f"metrics of {name}"] = await asked(ports[port], "/metrics")
     finally:
         for process in reversed(processes.values()):
             await process.ended()
@@ -95,7 +100,7 @@ async def sent(
 def started(
     folder: Path, upstream: str, collector: str
 ) -> tuple[dict[str, Process], dict[str, int]]:
-    names = ("guard", "http", "sidecar", "admin", "app")
+    names = ("guard", "http", "strict", "strict http", "sidecar", "admin", "app")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     loud = {
         "GRPC_VERBOSITY": "DEBUG",
@@ -113,16 +118,28 @@ def started(
     app = ["tests.marker.app:app", "--port", str(ports["app"]), "--log-level", "debug"]
     app += ["--no-access-log"]  # which is the server's own, and holds addresses
     environment = {**loud, "GUARDED_GUARD": guard, "GUARDED_TRACING": "on", ADDRESS: upstream}
+    knows = strict(folder, ports)
+    ready = {name: ready_at(ports[name], "/readyz") for name in ("http", "strict http")}
     made = [
-        Process(
-            "guard", "guard_service", service, folder, ready_at(ports["http"], "/readyz"), loud
-        ),
+        Process("strict", "guard_service", knows, folder, ready["strict http"], loud),
+        Process("guard", "guard_service", service, folder, ready["http"], loud),
         Process(
             "sidecar", "guard_middleware", sidecar, folder, ready_at(ports["admin"], "/livez"), loud
         ),
         Process("app", "uvicorn", app, folder, ready_at(ports["app"], "/metrics"), environment),
     ]
     return {one.name: one for one in made}, ports
+
+
+def strict(folder: Path, ports: dict[str, int]) -> list[str]:
+    """Flags of a guard that knows its callers by token."""
+    good, old = digest_of(GOOD.removeprefix("Bearer ")), digest_of(OLD)
+    tokens = [{"digest": good}, {"digest": old, "expires": "2020-01-01"}]
+    auth = folder / "auth.yaml"
+    auth.write_text(json.dumps({"tenants": {"callers": {"tokens": tokens}}}))
+    flags = {"model": "fake", "port": ports["strict"], "metrics-port": ports["strict http"]}
+    flags |= {"auth": auth, "log-level": "debug"}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 def from_guardctl(guard: str, folder: Path) -> str:
@@ -161,9 +178,9 @@ def _ran(*arguments: str) -> str:
 @pytest.mark.parametrize(
     "where",
     [
-        *("log of guard", "log of sidecar", "log of app"),
-        *("metrics of guard", "metrics of sidecar", "metrics of app"),
-        *("errors of gRPC", "guardctl", "traces"),
+        *("log of guard", "log of strict", "log of sidecar", "log of app"),
+        *("metrics of guard", "metrics of strict", "metrics of sidecar", "metrics of app"),
+        *("errors of gRPC", "errors to strangers", "guardctl", "traces"),
     ],
 )
 def test_marker_is_not_in(told: Told, where: str) -> None:

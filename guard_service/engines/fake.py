@@ -34,7 +34,9 @@ WORDS = {
 def fake_tokenizer() -> Tokenizer:
     """One token per byte of UTF-8, and the special tokens behind them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    # Without a cache: a text is one word here, and 10,000 of them would be kept.
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], cache_capacity=0))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

@@ -21,7 +21,7 @@ from tests.chaos.stage import (
 )
 
 PATIENCE_S, _LOOK_S = 60.0, 0.1
-_FAILED = "guard_policy_reload_failed 1.0"
+_FAILED, _MODEL_FAILED = "guard_policy_reload_failed 1.0", "guard_model_reload_failed 1.0"
 Fault = Callable[[], Awaitable[None]]
 
 
@@ -54,6 +54,8 @@ class Breaking:
             ),
             "policies renewed": self._renew_policies,
             "policies spoiled": self._spoil_policies,
+            "model renewed": self._renew_model,
+            "model spoiled": self._spoil_model,
             "certificate renewed": self._renew_keys,
             "certificate spoiled": self._spoil_keys,
         }
@@ -111,6 +113,25 @@ class Breaking:
 
     async def _policies_are_refused(self) -> bool:
         return all(_FAILED in text for text in await self._stage.metrics(GUARDS))
+
+    async def _renew_model(self) -> None:
+        """Another model beside the old one, then in its place. Explains nothing."""
+        self._stage.models.renew()
+        await self._until(self._model_is_in_use, "the new model judges")
+
+    async def _spoil_model(self) -> None:
+        """The last good one stays, then comes another."""
+        self._stage.models.spoil()
+        await self._until(self._model_is_refused, "the guard tells of a model that is none")
+        await self._renew_model()
+
+    async def _model_is_in_use(self) -> bool:
+        (text,) = await self._stage.metrics((STARTER,))
+        return self._stage.models.digest in text and _MODEL_FAILED not in text
+
+    async def _model_is_refused(self) -> bool:
+        (text,) = await self._stage.metrics((STARTER,))
+        return _MODEL_FAILED in text and self._stage.models.digest in text
 
     async def _until(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
         """Wait for it; where it does not come about it counts as wrong."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -33,17 +33,27 @@ class Guard:
     name: str
     channel: grpc.aio.Channel
     knows: Sequence[Known] = ()
+    models: Collection[str] = ()  # digests that its verdicts may have; empty: any
     opens: Callable[[], grpc.aio.Channel] | None = None  # a connection of its own, with TLS
 
     @classmethod
     def at(
-        cls, name: str, target: str, knows: Sequence[Known] = (), roots: bytes | None = None
+        cls,
+        name: str,
+        target: str,
+        knows: Sequence[Known] = (),
+        roots: bytes | None = None,
+        models: Collection[str] = (),
     ) -> Guard:
         """Inside the loop that uses it; with `roots` by TLS."""
         if roots is None:
             return cls(name, open_aio_channel(target, None), knows)
         return cls(
-            name, secure_channel(target, roots), knows, lambda: secure_channel(target, roots)
+            name,
+            secure_channel(target, roots),
+            knows,
+            models,
+            lambda: secure_channel(target, roots),
         )
 
     @property
@@ -220,6 +230,8 @@ class Caller:
             action = verdict_pb2.Action.Name(verdict.action)
             words = f"{guard.name}: {action} by {policy.name} {policy.version}"
             self._ledger.wrong("wrong", f"{words}, unsafe: {known.unsafe}")
+        if guard.models and verdict.model.digest not in guard.models:
+            self._ledger.wrong("mixed", f"{guard.name}: a model that nobody put there")
         if known.score is not None and abs(known.score - verdict.unsafe_score) > NOISE:
             words = f"{guard.name}: score {verdict.unsafe_score:.4f}, alone {known.score:.4f}"
             self._ledger.wrong("wrong", words)

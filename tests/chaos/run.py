@@ -126,7 +126,7 @@ async def _run(plan: Plan, folder: Path, prepare: Callable[[Stage], None]) -> re
         for process in stage.processes.values():
             await process.sample(report.START)
         guards = [
-            Guard.at(name, target, knows, stage.keys.root)
+            Guard.at(name, target, knows, stage.keys.root, stage.models.digests.values())
             if name == STARTER
             else Guard.at(name, target)
             for name, target in stage.targets.items()

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.chaos.chats import Door
 from tests.chaos.journal import Journals
 from tests.chaos.keys import Keys
+from tests.chaos.models import Models
 from tests.chaos.processes import Process, free_ports
 from tests.chaos.truth import SHIELD, Policies
 from tests.chaos.upstream import ARRIVED
@@ -42,6 +43,7 @@ class Stage:
     targets: dict[str, str]  # of guards, for gRPC
     doors: tuple[Door, ...]
     keys: Keys  # of the starter guard
+    models: Models  # of the starter guard
     admin: dict[str, int]  # ports that tell metrics
 
     async def start(self) -> None:
@@ -84,10 +86,13 @@ def built(folder: Path, policies: Policies) -> Stage:
     ports = dict(zip((STARTER, FIRST, SECOND, UPSTREAM, SIDECAR, APP), free_ports(6), strict=True))
     admin = dict(zip((STARTER, FIRST, SECOND, SIDECAR), free_ports(4), strict=True))
     admin[APP] = ports[APP]
-    keys, targets = Keys(folder), {name: f"127.0.0.1:{ports[name]}" for name in GUARDS}
+    keys, models = Keys(folder), Models(folder)
+    targets = {name: f"127.0.0.1:{ports[name]}" for name in GUARDS}
     both = f"ipv4:{targets[FIRST]},{targets[SECOND]}"
     screens = {**_SCREENS, "guard": both}
-    made = [_guard(name, folder, ports[name], admin[name], policies, keys) for name in GUARDS]
+    made = [
+        _guard(name, folder, ports[name], admin[name], policies, keys, models) for name in GUARDS
+    ]
     made.append(_served(UPSTREAM, "alone", folder, ports[UPSTREAM], {}))
     flags = {
         "upstream": f"http://127.0.0.1:{ports[UPSTREAM]}",
@@ -104,14 +109,14 @@ def built(folder: Path, policies: Policies) -> Stage:
         Door(APP, ports[APP], (FIRST, SECOND)),
     )
     processes = {one.name: one for one in made}
-    return Stage(folder, policies, processes, targets, doors, keys, admin)
+    return Stage(folder, policies, processes, targets, doors, keys, models, admin)
 
 
 def _guard(
-    name: str, folder: Path, port: int, admin: int, policies: Policies, keys: Keys
+    name: str, folder: Path, port: int, admin: int, policies: Policies, keys: Keys, models: Models
 ) -> Process:
     flags: dict[str, object] = {
-        "model": "starter" if name == STARTER else "fake-vision",
+        "model": models.link if name == STARTER else "fake-vision",
         "port": port,
         "metrics-port": admin,
         "policies": policies.folder,

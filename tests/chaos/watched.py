@@ -1,4 +1,5 @@
-"""Runs a module as a program that tells how many asyncio tasks it has when it gets SIGUSR1.
+"""Runs a module as a program that ends when its parent does, and tells how many asyncio tasks it
+has when it gets SIGUSR1.
 
 `python -m tests.chaos.watched FILE MODULE ARGUMENTS...`; the number goes to FILE.
 """
@@ -6,10 +7,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import runpy
 import signal
 import sys
 from pathlib import Path
+
+_WHEN_PARENT_ENDS = 1  # PR_SET_PDEATHSIG, in <sys/prctl.h>
 
 
 def main() -> None:
@@ -26,6 +30,7 @@ def main() -> None:
         draft.replace(file)
 
     signal.signal(signal.SIGUSR1, tell)
+    ctypes.CDLL(None).prctl(_WHEN_PARENT_ENDS, signal.SIGKILL)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 from guard_service import __version__
 from guard_service.audit import files
 from guard_service.audit.chain import NOTHING, Broken, Entry, opened, sealed
+from guard_service.audit.host import surroundings
 from guard_service.audit.keys import AuditError, Keys
 from guard_service.logs import FIELDS
 
@@ -63,6 +64,7 @@ class Log:
         self._lock = files.prepared(folder)
         self._file: int | None = None
         self._size = 0
+        self._host = surroundings()
         self._missed = 0  # entries that could not be written since the last that could
         try:
             self.reached = left_off(folder, keys) or Reached(uuid.uuid4().hex)
@@ -117,6 +119,7 @@ class Log:
             "key": self._keys.name,
             "why": why,
             "version": __version__,
+            "host": self._host,
             "after": {
                 "segment": reached.segment,
                 "ended": reached.ended,

@@ -16,6 +16,7 @@ from guard_service.cli.info import info
 from guard_service.cli.middleware import middleware
 from guard_service.cli.policies import policies
 from guard_service.cli.policy import policy
+from guard_service.cli.replay import replay
 from guard_service.cli.token import token
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("eval")(evaluate)
 app.command()(cascade)
 app.command()(info)
 app.command()(policies)
+app.command()(replay)
 app.add_typer(audit, name="audit")
 app.add_typer(policy, name="policy")
 app.add_typer(middleware, name="middleware")

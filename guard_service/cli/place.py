@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from guard_middleware.bearer import TokenFile, check_private
 from guard_middleware.channel import TLS
@@ -82,8 +83,9 @@ class Place:
 
 
 @contextmanager
-def guard_here(model: str, policies: tuple[Path, ...]) -> Iterator[str]:
-    """A guard in this process, stopped on leaving; yields its target. Ends guardctl on failure."""
+def guard_here(model: str, policies: tuple[Path, ...], **knobs: Any) -> Iterator[str]:
+    """A guard in this process, with more settings; stopped on leaving. Yields its target. Ends
+    guardctl on failure."""
     from guard_policies.loader import PolicyError
     from guard_service.config import Settings
     from guard_service.engines import EngineFailed
@@ -91,7 +93,9 @@ def guard_here(model: str, policies: tuple[Path, ...]) -> Iterator[str]:
     from guard_service.server import local_server
 
     try:
-        settings = Settings(model=model, policies=policies, metrics=False, log_level="error")
+        settings = Settings(
+            model=model, policies=policies, metrics=False, log_level="error", **knobs
+        )
         serving = local_server(settings)
         target = serving.__enter__()
     except PolicyError as wrong:

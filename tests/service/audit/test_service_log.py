@@ -14,12 +14,6 @@ from typing import Any
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 
 from guard_api.v1 import guard_pb2
 from guard_service.audit.chain import Entry
@@ -40,14 +34,6 @@ from tests.service.conftest import RunGuard
 from tests.service.traced import PARENT, Kept
 
 MARKER = "xq7marker"
-
-
-@pytest.fixture
-def logged(tmp_path: Path) -> dict[str, Any]:
-    """Settings with an audit log."""
-    (tmp_path / "key").write_text("k" * 64 + "\n")
-    folder = tmp_path / "audit"
-    return {"audit": folder, "audit_key": tmp_path / "key", "audit_fsync": False}
 
 
 def said(logged: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
@@ -183,17 +169,6 @@ def test_fingerprints_are_of_the_key_and_of_every_byte_and_place() -> None:
     found = {fingerprint(one, b"key") for one in (base, *others)}
     assert len(found) == len(others) + 1
     assert fingerprint(base, b"key") in found and fingerprint(base, b"other") not in found
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> X25519PrivateKey:
-    key = X25519PrivateKey.generate()
-    (tmp_path / "private.pem").write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    )
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    (tmp_path / "public.pem").write_bytes(public)
-    return key
 
 
 async def test_payloads_are_for_the_owner_of_the_private_key(

@@ -22,13 +22,14 @@ from guard_service.engines import Engine, EngineFailed, ModelCard
 from guard_service.errors import GuardServiceError
 from guard_service.live.policies import loaded_policies
 from guard_service.logs import FIELDS as LOG_FIELDS
+from guard_service.security import signatures
 from guard_service.security.auth_file import read_auth_file
 from guard_service.server import GuardServer, engines_of
 
 LOG = logging.getLogger("guard_service")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 CONFIG_VARIABLE = "GUARD_CONFIG"
-COMMANDS = {"pull": pull.main, "verify": verify.main}  # flags alone serve
+COMMANDS = {"pull": pull.main, "verify": verify.main, "sign": signatures.main}  # flags alone serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,9 +185,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="guard-service",
         usage="guard-service [--config FILE] [--model FOLDER] [--port N] [...]\n"
         "       guard-service pull OWNER/NAME [...]\n"
-        "       guard-service verify FOLDER",
+        "       guard-service verify FOLDER\n"
+        "       guard-service sign FOLDER --key FILE",
         description="Judge conversations over gRPC. `pull` downloads a model, `verify` checks a "
-        "model folder; each has its own --help.",
+        "model folder, `sign` signs one; each has its own --help.",
         epilog="Every setting may come from a flag, from the environment (GUARD_PORT for --port) "
         "or from the file of --config, and counts in this order.",
         allow_abbrev=False,

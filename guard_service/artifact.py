@@ -24,6 +24,7 @@ MANIFEST_FILE = "guard.json"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 GOLDEN_FILE = "golden.json"  # of checkpoints; an artifact has golden scores in its manifest
+SIGNATURE_FILE = "guard.sig"  # of the manifest (security/signatures.py)
 DOCUMENTS = frozenset({"MODEL_CARD.md", "README.md", "LICENSE", "NOTICE", "NOTICE.txt"})
 _MAX_BYTES = {MANIFEST_FILE: 4 * 2**20, MODEL_FILE: 2**30, TOKENIZER_FILE: 64 * 2**20}
 _MAX_OTHER_BYTES = 64 * 2**30
@@ -123,7 +124,7 @@ def seal(folder: Path, manifest: Manifest) -> Artifact:
     listed = {
         path.name: File(path.stat().st_size, _sha256(path))
         for path in sorted(folder.iterdir())
-        if path.name not in {MANIFEST_FILE, *DOCUMENTS}
+        if path.name not in {MANIFEST_FILE, SIGNATURE_FILE, *DOCUMENTS}
     }
     document = replace(manifest, files=listed).document()
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
@@ -132,7 +133,7 @@ def seal(folder: Path, manifest: Manifest) -> Artifact:
 
 
 def _strangers(root: Path, manifest: Manifest) -> list[str]:
-    known = {MANIFEST_FILE, *manifest.files, *DOCUMENTS}
+    known = {MANIFEST_FILE, SIGNATURE_FILE, *manifest.files, *DOCUMENTS}
     strange = sorted(entry.name for entry in root.iterdir() if entry.name not in known)
     named = [f"{ascii(name)[:60]}: not in the manifest; remove it" for name in strange[:5]]
     return named + ([f"and {len(strange) - 5} more"] if len(strange) > 5 else [])

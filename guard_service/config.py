@@ -39,6 +39,9 @@ class Settings:
     """Everything that can be set. `Settings()` is a working server on this machine alone."""
 
     model: str = _knob("starter", '"starter", "fake" (for tests) or the path of a model folder')
+    model_key: Path | None = _knob(
+        None, "take only folders signed with this key (PEM, Ed25519 public; more than one may be)"
+    )
     second_model: str = _knob(
         "", "second guard of cascades, in this process: as --model; policies say when it decides"
     )
@@ -215,7 +218,7 @@ def _problems(settings: Settings) -> Iterator[str]:
     if settings.default_deadline_s > settings.max_deadline_s:
         yield "default_deadline_s: is over max_deadline_s"
     files = ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "candidate_key", "auth")
-    for name in (*files, "audit_key", "audit_payload_key"):
+    for name in (*files, "model_key", "audit_key", "audit_payload_key"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             yield f"{name}: {path} is not a file"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from guard_service.artifact import GOLDEN_FILE
+from guard_service.artifact import GOLDEN_FILE, SIGNATURE_FILE
 from guard_service.manifest import File, json_object
 
 PULLED_FILE = "pulled.json"
@@ -86,9 +86,9 @@ def _is_file(name: str, entry: Any) -> bool:
 def damage(folder: Path, pulled: Pulled) -> list[str]:
     """What is not as it was pulled: files changed, missing or added. Reads every byte.
 
-    Golden scores are recorded after the pull.
+    Golden scores are recorded after the pull, and signatures made.
     """
-    known = {PULLED_FILE, GOLDEN_FILE, *pulled.files}
+    known = {PULLED_FILE, GOLDEN_FILE, SIGNATURE_FILE, *pulled.files}
     strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
     problems = [f"{ascii(name)[:60]}: was not pulled" for name in strange[:5]]
     problems += [f"and {len(strange) - 5} more"] if len(strange) > 5 else []

@@ -48,6 +48,7 @@ from guard_service.metrics import (
 )
 from guard_service.security.authenticator import Authenticator
 from guard_service.security.certificates import CertificateError, ServerTls, TlsFiles
+from guard_service.security.signatures import check_signed
 from guard_service.servicer import Servicer
 from guard_service.tracing import Traces
 
@@ -361,6 +362,8 @@ def engines_of(settings: Settings) -> Iterator[tuple[Engine, Engine | None]]:
 def opened(settings: Settings, model: str, plan: str = "") -> Engine:
     """A model by the other settings, and by another kernel plan than theirs where one is given.
     Raises ArtifactError, EngineFailed or OSError."""
+    if settings.model_key is not None:
+        check_signed(model, settings.model_key)
     return open_engine(
         model,
         settings.engine_threads,

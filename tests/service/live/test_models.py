@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +15,15 @@ import grpc
 import pytest
 
 from guard_api.v1 import guard_pb2
-from guard_service.engines import Engine, EngineFailed, open_engine
-from guard_service.engines.fake import FakeEngine
+from guard_service.engines import open_engine
 from guard_service.live import models
 from guard_service.live.memory import NoRoom, check_room
 from tests.service.asking import BOMB, PATIENCE_S, Running, asked, fetched, piece, start, until
 from tests.service.conftest import RunGuard
+from tests.service.live.store import Model, Store
 from tests.service.tiny_artifact import tiny_artifact, tiny_weights
 
 TIERED = "name: tiered\nversion: '1'\ncascade: {band: [0, 1]}\n"
-
-
-class Model(FakeEngine):
-    """Made of a file's text; knows whether it was closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(
-            categories=("S1", "S2") if "narrow" in text else FakeEngine().card.categories
-        )
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self.card = replace(self.card, digest=f"sha256:{digest}", name=text.split()[0])
-        self.gate = threading.Event()
-        self.gate.set()
-        self.before_run = lambda texts: (self.gate.wait(PATIENCE_S), None)[1]
-        self.closed = False
-        self._strange = "strange" in text
-
-    def self_test(self) -> None:
-        if self._strange:
-            raise EngineFailed("golden prompt 1 scores 0.5, not 0.9")
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@dataclass
-class Store:
-    """Folders of models, and what was opened of them. `link` is what a server is told."""
-
-    folder: Path
-    opened: list[Model] = field(default_factory=list)
-    opening: Callable[[], None] = lambda: None
-
-    def path(self, link: str = "first") -> str:
-        return str(self.folder / link)
-
-    def has(self, text: str, link: str = "first") -> None:
-        """The link leads to a new folder, as an operator's `ln -sfn` has it."""
-        made = self.folder / f"{link}-{len(list(self.folder.iterdir()))}"
-        made.mkdir()
-        (made / "guard.json").write_text(text)
-        draft = self.folder / "draft"
-        draft.symlink_to(made.name)
-        draft.rename(self.folder / link)
-
-    def open(self, model: str, plan: str) -> Engine:
-        self.opening()
-        text = (Path(model) / "guard.json").read_text()
-        if "broken" in text:
-            raise EngineFailed("cannot be loaded")
-        self.opened.append(Model(text))
-        return self.opened[-1]
 
 
 @dataclass

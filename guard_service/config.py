@@ -178,7 +178,7 @@ class Settings:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 TYPES: dict[str, Any] = typing.get_type_hints(Settings)
-_CHOICES = {
+CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),
     "device": ("auto", "cpu", "cuda"),
@@ -198,7 +198,7 @@ def _problems(settings: Settings) -> Iterator[str]:
         ):
             low, high = knob.metadata["low"], knob.metadata["high"]
             yield f"{name}: {value} is not between {low} and {high}"
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         if getattr(settings, name) not in choices:
             yield f"{name}: {getattr(settings, name)!r} is none of {', '.join(choices)}"
     if (settings.tls_cert is None) != (settings.tls_key is None):

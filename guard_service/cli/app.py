@@ -12,6 +12,7 @@ from guard_service.cli.bulk import bulk
 from guard_service.cli.cascade import cascade
 from guard_service.cli.check import check
 from guard_service.cli.eval import evaluate
+from guard_service.cli.expect import expect
 from guard_service.cli.info import info
 from guard_service.cli.middleware import middleware
 from guard_service.cli.policies import policies
@@ -32,6 +33,7 @@ app.command()(bulk)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(cascade)
+app.command()(expect)
 app.command()(info)
 app.command()(policies)
 app.command()(replay)

@@ -57,7 +57,8 @@ Peers = Annotated[
         metavar="KIND=PATH",
         help="Of the bare engine: measure another one beside it, on the same conversations. "
         "gguf=FILE (llama.cpp), transformers=FOLDER (also transformers-fp32, transformers-bf16), "
-        "onnx=FOLDER (optimum's export). May be repeated.",
+        "onnx=FOLDER (optimum's export), torch=FOLDER (our own torch engine; also torch-fp32, "
+        "torch-bf16). May be repeated.",
     ),
 ]
 TemplateName = Annotated[
@@ -88,6 +89,11 @@ Streams = Annotated[
         "--streams", min=0, max=4000, help="Of the middleware: streams open at once; 0: none."
     ),
 ]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Of a checkpoint: auto, cpu, cuda.")]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="Of a checkpoint: auto, bfloat16, float32.")
+]
+Weights = Annotated[str, typer.Option(metavar="NAME", help="Of a checkpoint: stored, int8, int4.")]
 
 
 def bench(
@@ -105,6 +111,9 @@ def bench(
     threads: Threads = 0,
     repeats: Repeats = 5,
     streams: Streams = 100,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    weights: Weights = "stored",
     policy: options.PolicyName = "",
     server: options.Server = "",
     model: options.Model = "",
@@ -124,6 +133,10 @@ def bench(
     a known and a new prefix, a growing reply, memory, and what share of this machine's speed it
     reaches; beside peers, if there are any. Each runs in a process of its own.
 
+    Of a checkpoint in torch (--model FOLDER): time to a verdict with and without an image, with and
+    without what is kept, beside transformers' `generate` on the same weights; batches, memory, and
+    what shares of the device's matrix rate and bandwidth are reached.
+
     Of the middleware: an application that answers at once, alone, inside the middleware and behind
     the sidecar, each in a process of its own, in turns: latency, throughput, streams, memory.
     """
@@ -134,8 +147,9 @@ def bench(
             max(1, repeats), count or 200, concurrency, duration_s, streams
         )
         raise typer.Exit(bench_middleware.run(plan, as_json))
-    from guard_service.cli import bench_run
+    from guard_service.cli import bench_run, exits
     from guard_service.cli.place import Place
+    from guard_service.config import CHOICES
 
     how = bench_run.How(
         what,
@@ -152,6 +166,12 @@ def bench(
         template,
         threads,
         repeats,
+        device,
+        dtype,
+        weights,
     )
+    for name, value in (("device", device), ("dtype", dtype), ("weights", weights)):
+        if value not in CHOICES[name]:
+            exits.fail(f"--{name} must be one of {', '.join(CHOICES[name])}", exits.USAGE)
     place = Place(server, model, (), ca, cert, key, token_file)
     raise typer.Exit(bench_run.run(place, how, compare_engine, as_json))

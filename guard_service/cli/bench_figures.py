@@ -19,7 +19,7 @@ from guard_service.cgroups import ControlGroups
 from guard_service.cli.bench_contender import Contender
 from guard_service.cli.bench_machine import INT8, Machine, multiply_adds_per_token
 from guard_service.cli.bench_questions import Questions
-from guard_service.cli.peers import KINDS
+from guard_service.cli.peers import BOTH, KINDS
 
 LENGTHS = (10, 40, 160, 640)
 VERDICTS = {"safe": 1, "unsafe": 4}  # tokens to write: "safe"; "unsafe", newline, "S", a number
@@ -53,7 +53,7 @@ def contenders(plan: Plan) -> list[Contender]:
         kind, equals, path = peer.partition("=")
         if not equals or kind not in KINDS:
             raise ValueError(f"--peer {peer}: must be KIND=PATH with one of {', '.join(KINDS)}")
-        both = ("transformers-fp32", "transformers-bf16") if kind == "transformers" else (kind,)
+        both = (f"{kind}-fp32", f"{kind}-bf16") if kind in BOTH else (kind,)
         found += [
             Contender(f"{one} {Path(path).name}", one, path, plan.engine_threads) for one in both
         ]

@@ -18,7 +18,7 @@ from guard_service.cli import exits
 from guard_service.cli.bench_load import Load, Requests, Tally, drive
 from guard_service.cli.bulk_lines import read_records
 from guard_service.cli.bulk_output import open_input
-from guard_service.cli.place import Place
+from guard_service.cli.place import Place, is_checkpoint
 
 _MOST_BATCH = 32
 SENTENCES = (
@@ -57,6 +57,9 @@ class How:
     template: str = ""
     threads: int = 0
     repeats: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    weights: str = "stored"
 
 
 def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
@@ -70,6 +73,8 @@ def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
         "prefix_cache": how.prefix_cache,
     }
     errors = 0
+    if how.what == "engine" and is_checkpoint(place.model):
+        return _checkpoint(place.model, how, as_json)
     if how.what == "engine" and how.repeats and place.model != "fake":
         report["figures"] = _figures_of(place, how)
     if how.what == "service":
@@ -85,6 +90,40 @@ def run(place: Place, how: How, compare_engine: bool, as_json: bool) -> int:
     else:
         _show(report)
     return exits.NO_VERDICT if errors else exits.OK
+
+
+def _checkpoint(model: str, how: How, as_json: bool) -> int:
+    if how.peers or how.template:
+        exits.fail(
+            "--peer and --template are for artifacts; a checkpoint is measured beside "
+            "transformers' generate on the same weights",
+            exits.USAGE,
+        )
+    from guard_service.cli import bench_checkpoint  # loads torch
+
+    setting = bench_checkpoint.Setting(
+        model,
+        how.threads or len(os.sched_getaffinity(0)),
+        max(1, how.repeats),
+        how.device,
+        how.dtype,
+        how.weights,
+    )
+    try:
+        found = bench_checkpoint.figures(setting, _tell)
+    except (ValueError, OSError, RuntimeError) as wrong:
+        exits.fail(f"cannot measure the checkpoint here: {wrong}")
+    if as_json:
+        print(json.dumps(found))
+        return exits.OK
+    from guard_service.cli.bench_checkpoint_table import show_checkpoint
+
+    show_checkpoint(found)
+    return exits.OK
+
+
+def _tell(line: str) -> None:
+    print(f"guardctl: {line}", file=sys.stderr)
 
 
 def service_report(tally: Tally) -> dict[str, Any]:
@@ -169,7 +208,7 @@ def _figures_of(place: Place, how: How) -> dict[str, Any]:
         place.model or "starter", how.peers, how.template, how.threads, how.repeats
     )
     try:
-        return bench_figures.figures(plan, lambda line: print(f"guardctl: {line}", file=sys.stderr))
+        return bench_figures.figures(plan, _tell)
     except (GuardServiceError, ValueError, OSError, RuntimeError) as wrong:
         exits.fail(f"cannot measure the engine here: {wrong}")
 

@@ -18,6 +18,14 @@ from guard_service.cli.apart import guard_apart
 SERVER_VARIABLE = "GUARDCTL_SERVER"
 
 
+def is_checkpoint(model: str) -> bool:
+    """Whether a model's folder is a checkpoint in the Hugging Face layout, not an artifact."""
+    folder = Path(model)
+    return (
+        bool(model) and (folder / "config.json").is_file() and not (folder / "guard.json").exists()
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """What a verb's options say about the guard to ask."""

@@ -138,8 +138,10 @@ def test_a_contender_that_ends_is_told_once_and_asked_no_more(questions: Questio
 
 
 def test_peers_are_kinds_and_paths() -> None:
-    found = contenders(Plan("starter", ("transformers=/a/b", "gguf=/c/d.gguf"), threads=3))
-    assert [one.kind for one in found] == ["ours", "transformers-fp32", "transformers-bf16", "gguf"]
+    peers = ("transformers=/a/b", "torch=/e", "gguf=/c/d.gguf")
+    found = contenders(Plan("starter", peers, threads=3))
+    both = [f"{kind}-{number}" for kind in ("transformers", "torch") for number in ("fp32", "bf16")]
+    assert [one.kind for one in found] == ["ours", *both, "gguf"]
     assert {one.threads for one in found} == {3} and found[-1].path == "/c/d.gguf"
     for wrong in ("gguf", "llama=/a"):
         with pytest.raises(ValueError, match="KIND=PATH"):

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from guard_service.cli.peers import Peer, PeerUnavailable, Question, needed, open_peer
 from tests.quantization.export.test_gguf import HEAD, cut
 from tests.quantization.tiny_llama import saved, tiny_llama
+from tests.service.torch import checkpoints
 
 Make = Callable[[], Peer]
 
@@ -24,6 +25,13 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def whole(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(model, tmp_path_factory.mktemp("whole") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose tokenizer is a guard's."""
+    folder = tmp_path_factory.mktemp("guard") / "tiny"
+    return checkpoints.saved(checkpoints.tiny_llama(), folder)
 
 
 def question(seed: int, prefix: int = 1) -> Question:
@@ -95,6 +103,15 @@ def test_llama_cpp_keeps_the_prefix_and_writes_so_many_tokens(whole: Path, tmp_p
         asked = question(seed)
         found = peer.verdict(asked, 4)
         assert len(found.written) == 4 and found.computed == len(asked.ids) - known + 3
+
+
+def test_our_torch_engine_is_a_peer_that_reads_the_verdict_in_one_pass(text_folder: Path) -> None:
+    for kind in ("torch-fp32", "torch-bf16"):
+        peer = open_peer(kind, text_folder, 1)
+        for seed, known in ((1, 0), (2, 40), (3, 40)):
+            asked = question(seed)
+            found = peer.verdict(asked, 4)
+            assert found.written == () and found.computed == len(asked.ids) - known + 3
 
 
 def test_what_is_not_there_says_what_to_do(tmp_path: Path) -> None:

@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-KINDS = ("gguf", "transformers", "transformers-fp32", "transformers-bf16", "onnx")
+KINDS = (
+    *("gguf", "transformers", "transformers-fp32", "transformers-bf16", "onnx"),
+    *("torch", "torch-fp32", "torch-bf16"),
+)
+BOTH = ("transformers", "torch")  # that stand for both number types
 
 
 class PeerUnavailable(RuntimeError):
@@ -89,6 +93,10 @@ def open_peer(kind: str, path: Path, threads: int) -> Peer:
         from guard_service.cli.peers.gguf import Gguf
 
         return Gguf(path, threads)
+    if kind.startswith("torch-"):
+        from guard_service.cli.peers.ours import Ours
+
+        return Ours(path, threads, "bfloat16" if kind == "torch-bf16" else "float32")
     if kind == "onnx":
         from guard_service.cli.peers.onnx import PlainOnnx
 

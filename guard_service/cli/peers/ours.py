@@ -15,13 +15,21 @@ from guard_service.prompt import Prompt
 
 
 class Ours:
-    """An artifact in the engine that serves it; the self-test is part of its start."""
+    """A model in the engine that serves it; the self-test is part of its start.
 
-    def __init__(self, model: Path, threads: int) -> None:
+    `dtype` is of a checkpoint in torch, which runs on the CPU, as its peers do.
+    """
+
+    def __init__(self, model: Path, threads: int, dtype: str = "auto") -> None:
         start = time.perf_counter()
         settings = Settings()
         self._engine = open_engine(
-            str(model), threads, plan=settings.kernel_plan, prepared=settings.prepared_folder
+            str(model),
+            threads,
+            plan=settings.kernel_plan,
+            prepared=settings.prepared_folder,
+            device="auto" if dtype == "auto" else "cpu",
+            dtype=dtype,
         )
         self.load_s = time.perf_counter() - start
         self._engine.self_test()

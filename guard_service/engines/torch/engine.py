@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,6 +51,44 @@ _PLAIN = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint in memory; engines on it share its weights."""
+
+    model: Any  # transformers'
+    geometry: Geometry
+    reading: Reading
+    card: ModelCard
+    golden: GoldenScores | None
+
+    @classmethod
+    def load(cls, path: Path, threads: int, device: str, dtype: str, weights: str) -> Self:
+        """Load a folder; `threads` are those of torch in the whole process.
+
+        Raises ArtifactError for a folder that cannot be served, EngineFailed for one that cannot be
+        served here.
+        """
+        folder, device = read_folder(path), device_for(device)
+        golden = read_golden(folder.path, folder.digest)
+        reading = Reading.of(folder)
+        torch.set_num_threads(threads)
+        model = load_model(folder, device, dtype, weights)
+        plan = str(model.dtype).removeprefix("torch.") if weights == STORED else weights
+        parameters = sum(map(math.prod, shapes_of(folder.geometry).values()))
+        card = reading.card(folder, parameters, plan)
+        return cls(model, folder.geometry, reading, card, golden)
+
+    def engine(
+        self,
+        prefix_cache: bool = True,
+        session_bytes: int = SESSION_BYTES,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
+    ) -> TorchEngine:
+        """An engine with caches of its own."""
+        prefix_bytes = _PREFIX_BYTES if prefix_cache else 0
+        return TorchEngine(self, prefix_bytes, session_bytes, image_cache_bytes)
+
+
 def open_checkpoint(
     path: Path,
     threads: int,
@@ -62,27 +100,9 @@ def open_checkpoint(
     dtype: str,
     weights: str,
 ) -> TorchEngine:
-    """Load a checkpoint folder; `threads` are those of torch in the whole process.
-
-    Raises ArtifactError for a folder that cannot be served, EngineFailed for one that cannot be
-    served here.
-    """
-    folder, device = read_folder(path), device_for(device)
-    reading = Reading.of(folder)
-    torch.set_num_threads(threads)
-    model = load_model(folder, device, dtype, weights)
-    plan = str(model.dtype).removeprefix("torch.") if weights == STORED else weights
-    parameters = sum(map(math.prod, shapes_of(folder.geometry).values()))
-    return TorchEngine(
-        model,
-        folder.geometry,
-        reading,
-        reading.card(folder, parameters, plan),
-        _PREFIX_BYTES if prefix_cache else 0,
-        session_bytes,
-        image_cache_bytes,
-        read_golden(folder.path, folder.digest),
-    )
+    """`Checkpoint.load`, and an engine on it."""
+    loaded = Checkpoint.load(path, threads, device, dtype, weights)
+    return loaded.engine(prefix_cache, session_bytes, image_cache_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,24 +125,21 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        model: Any,
-        geometry: Geometry,
-        reading: Reading,
-        card: ModelCard,
-        prefix_bytes: int = _PREFIX_BYTES,
-        session_bytes: int = SESSION_BYTES,
-        image_cache_bytes: int = IMAGE_CACHE_BYTES,
-        golden: GoldenScores | None = None,
+        checkpoint: Checkpoint,
+        prefix_bytes: int,
+        session_bytes: int,
+        image_cache_bytes: int,
     ) -> None:
-        self.card = card
-        self.golden = golden  # what the folder's golden.json says
+        geometry, reading = checkpoint.geometry, checkpoint.reading
+        self.card = checkpoint.card
+        self.golden = checkpoint.golden  # what the folder's golden.json says
         self._reading = reading
         self._image_token = geometry.image_token
         positions = geometry.text["max_position_embeddings"]
         self._scoring = Scoring(
             reading.verdict, {way: Calibration() for way in Direction}, positions
         )
-        self._decoder = Decoder(model)
+        self._decoder = Decoder(checkpoint.model)
         self._head = self._decoder.rows_of_head(reading.verdict.head)
         self._tiler = Tiler(geometry) if geometry.vision is not None else None
         self._nothing = TensorSnapshot((), self._decoder.nothing)
@@ -155,6 +172,11 @@ class TorchEngine(Engine):
     def session_bytes(self) -> int:
         """What sessions hold now."""
         return self._sessions.size
+
+    @property
+    def image_bytes(self) -> int:
+        """What is held of images now."""
+        return self._images.size
 
     @property
     def sessions_crowded_out(self) -> int:

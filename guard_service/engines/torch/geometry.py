@@ -54,6 +54,11 @@ class Geometry:
     template: str
     notice: str
 
+    @property
+    def vision_tiles(self) -> int:
+        """Tiles that every image is computed with; 0 for LLAMA."""
+        return int(self.vision["max_num_tiles"]) if self.vision is not None else 0
+
 
 def read_geometry(content: bytes) -> Geometry:
     """Read config.json. Raises ArtifactError that names the field which is wrong."""

@@ -38,23 +38,35 @@ def random_checkpoint(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a rank file.", exists=True)],
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    geometry: Annotated[
+        str, typer.Option(help="1b, 8b or 11b-vision, as published (3, 16 and 21 GB).")
+    ] = "1b",
+    config: Annotated[
+        Path | None, typer.Option(help="Another geometry: this config.json.", exists=True)
+    ] = None,
 ) -> None:
-    """Write a checkpoint of Llama Guard 3 1B's geometry with random weights, to try a recipe on."""
+    """Write a checkpoint of a Llama Guard 3's geometry with random weights: to try recipes, size
+    and speed on."""
     from guard_quantization.checkpoint.random_weights import (
-        LLAMA_GUARD_3_1B_CONFIG,
+        tensor_shapes,
         write_random_checkpoint,
     )
-    from guard_quantization.checkpoint.tensors import layout
+    from guard_quantization.folders import read_json
     from guard_quantization.training import Report
+    from guard_service.engines.torch.published import PUBLISHED
 
-    report = Report("writing", len(list(layout(LLAMA_GUARD_3_1B_CONFIG))))
+    if geometry not in PUBLISHED:
+        raise typer.BadParameter(f"must be one of {', '.join(PUBLISHED)}", param_hint="--geometry")
+    chosen = read_json(config) if config else PUBLISHED[geometry]
+    sees = "vision_config" in chosen
+    report = Report("writing", len(tensor_shapes(chosen)))
     try:
         count = write_random_checkpoint(
             out,
-            LLAMA_GUARD_3_1B_CONFIG,
+            chosen,
             tokenizer,
             seed,
-            outliers=8,
+            outliers=0 if sees else 8,
             done=lambda n: report.at(n, ""),
         )
     finally:

@@ -11,14 +11,12 @@ import yaml
 
 from guard_quantization.checkpoint.beliefs import open_teacher
 from guard_quantization.checkpoint.pipeline import STAGES, CheckpointPipeline, one_stage
-from guard_quantization.checkpoint.random_weights import (
-    LLAMA_GUARD_3_1B_CONFIG,
-    write_random_checkpoint,
-)
+from guard_quantization.checkpoint.random_weights import write_random_checkpoint
 from guard_quantization.export.hf import RANDOM
 from guard_quantization.recipe import CheckpointRecipe, RecipeError, load_recipe
 from guard_quantization.stages import StaleStage, digest
 from guard_service.engines import open_engine
+from guard_service.engines.torch.published import LLAMA_GUARD_3_1B
 from tests.quantization.starter.test_pipeline import toy_row
 from tests.quantization.tiny_llama import saved, tiny_llama
 
@@ -131,7 +129,7 @@ def test_another_plan_never_takes_an_old_result(place: Path) -> None:
 
 def test_random_weights_never_pass_for_a_guard(place: Path, tmp_path: Path) -> None:
     config = {
-        **LLAMA_GUARD_3_1B_CONFIG,
+        **LLAMA_GUARD_3_1B,
         **json.loads((place / "llama" / "config.json").read_text()),
     }
     write_random_checkpoint(tmp_path / "llama", config, place / "llama" / "tokenizer.model", 0)

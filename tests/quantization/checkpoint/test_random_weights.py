@@ -11,20 +11,21 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
-from guard_quantization.checkpoint.random_weights import (
-    LLAMA_GUARD_3_1B_CONFIG,
-    write_random_checkpoint,
-)
+from guard_quantization.__main__ import app
+from guard_quantization.checkpoint.random_weights import write_random_checkpoint
 from guard_quantization.checkpoint.tensors import Tensors, parameters
 from guard_quantization.export.decoder import ExportError
 from guard_quantization.export.hf import read_source
+from guard_service.engines import open_engine
+from guard_service.engines.torch.published import LLAMA_GUARD_3_1B, LLAMA_GUARD_3_11B_VISION
 from tests.quantization.tiny_llama import SIZES
 from tests.quantization.verdict_tokenizer import verdict_ranks, verdict_tokenizer
 
 REFERENCE = Path(__file__).parents[4] / "shared/reference/model_configs.json"
 CONFIG: dict[str, Any] = {
-    **LLAMA_GUARD_3_1B_CONFIG,
+    **LLAMA_GUARD_3_1B,
     **SIZES,
     "vocab_size": verdict_tokenizer().get_vocab_size(),
 }
@@ -120,8 +121,8 @@ def test_nothing_is_written_over(tmp_path: Path, ranks: Path) -> None:
 
 
 def test_the_1b_geometry_has_the_published_sizes() -> None:
-    smaller = {**LLAMA_GUARD_3_1B_CONFIG, "num_hidden_layers": 12, "intermediate_size": 6400}
-    assert parameters(LLAMA_GUARD_3_1B_CONFIG) == 1_498_482_688
+    smaller = {**LLAMA_GUARD_3_1B, "num_hidden_layers": 12, "intermediate_size": 6400}
+    assert parameters(LLAMA_GUARD_3_1B) == 1_498_482_688
     assert parameters(smaller) == 1_123_076_096
     assert parameters({**smaller, "verdict_head": list(range(20))}) == 860_448_768
 
@@ -129,5 +130,40 @@ def test_the_1b_geometry_has_the_published_sizes() -> None:
 @pytest.mark.skipif(not REFERENCE.exists(), reason="the reference values are not at hand")
 def test_the_1b_geometry_is_the_reference() -> None:
     reference = json.loads(REFERENCE.read_text())["Llama-Guard-3-1B"]
-    assert reference["config"] == LLAMA_GUARD_3_1B_CONFIG
-    assert reference["parameters"] == parameters(LLAMA_GUARD_3_1B_CONFIG)
+    assert reference["config"] == LLAMA_GUARD_3_1B
+    assert reference["parameters"] == parameters(LLAMA_GUARD_3_1B)
+
+
+def test_a_random_mllama_loads_judges_and_is_marked(tmp_path: Path, ranks: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    config = {
+        **LLAMA_GUARD_3_11B_VISION,
+        "image_token_index": verdict_tokenizer().get_vocab_size(),
+        "text_config": {
+            **LLAMA_GUARD_3_11B_VISION["text_config"],
+            **{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2},
+            "cross_attention_layers": [1, 3],
+            "vocab_size": verdict_tokenizer().get_vocab_size(),
+        },
+        "vision_config": {
+            **LLAMA_GUARD_3_11B_VISION["vision_config"],
+            **{**sizes, "attention_heads": 4, "num_global_layers": 2, "image_size": 28},
+            "intermediate_layers_indices": [0, 2],
+            "vision_output_dim": 96,
+        },
+    }
+    folder = tmp_path / "random"
+    count = write_random_checkpoint(folder, config, ranks, 1, shard_bytes=100_000)
+    engine = open_engine(folder)
+    engine.self_test()
+    assert engine.card.judges_images and engine.card.parameters == count
+    assert "random weights" in engine.card.notice
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(config))
+    asked = ["random", str(tmp_path / "cli"), "--tokenizer", str(ranks), "--config", str(again)]
+    assert CliRunner().invoke(app, [*asked, "--seed", "1"]).exit_code == 0
+    wanted = sorted(one.name for one in (tmp_path / "cli").glob("*.safetensors"))
+    assert wanted == ["model.safetensors"]
+    wrong = {**config, "vision_config": {**config["vision_config"], "patch_size": 9}}
+    with pytest.raises(ExportError, match="vision sizes"):
+        write_random_checkpoint(tmp_path / "wrong", wrong, ranks, 1)

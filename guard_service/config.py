@@ -18,6 +18,7 @@ from guard_service.cgroups import ControlGroups
 
 ENVIRONMENT_PREFIX = "GUARD_"
 MIB = 1024 * 1024
+_MESSAGE_BYTES = 4 * MIB  # of text alone
 TARGET = re.compile(r"unix:/.+|[^\s/]+:[0-9]{1,5}")  # of another server
 
 
@@ -47,6 +48,10 @@ class Settings:
     )
     second_guard: str = _knob("", "second guard of cascades, on another server: host:port")
     second_guard_ca: Path | None = _knob(None, "its CA (PEM); without, the channel has no TLS")
+    second_guard_cert: Path | None = _knob(
+        None, "what we show it, where it asks for a client's certificate (PEM); with its key"
+    )
+    second_guard_key: Path | None = _knob(None, "private key of second_guard_cert (PEM)")
     host: str = _knob("127.0.0.1", "this machine only, until you say otherwise; or unix:/path")
     port: int = _knob(50051, "gRPC's usual port; 0 takes any free one", 0, 65535)
     metrics_host: str = _knob("127.0.0.1", "where /metrics, /livez and /readyz listen")
@@ -71,7 +76,13 @@ class Settings:
         1024 * MIB, "of what a checkpoint has seen in images; 11B: 210 MiB for four tiles"
     )
 
-    max_message_bytes: int = _knob(4 * MIB, "one gRPC message; gRPC's own default", 1024, 2**31 - 1)
+    max_message_bytes: int = _knob(
+        0,
+        "one gRPC message; 0: 4 MiB, as gRPC has it, and where images are judged max_image_bytes "
+        "more, so that the largest one comes through with its conversation",
+        0,
+        2**31 - 1,
+    )
     max_batch_items: int = _knob(256, "bounds what one call can put in the queue", 1, 100_000)
     max_conversation_tokens: int = _knob(32_768, "some 100 pages; longer is refused", 1, 10_000_000)
     max_conversation_chars: int = _knob(
@@ -146,6 +157,11 @@ class Settings:
             return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    def message_bytes(self, judges_images: bool) -> int:
+        """The largest gRPC message that is taken."""
+        most = _MESSAGE_BYTES + (self.max_image_bytes if judges_images else 0)
+        return self.max_message_bytes or min(most, 2**31 - 1)
+
     @property
     def engine_lanes(self) -> int:
         """Engine runs at once: as set, or one for each 8 threads; never more than threads."""
@@ -211,6 +227,12 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield f"second_guard: {settings.second_guard!r} is neither host:port nor unix:/path"
     if settings.second_guard_ca and not settings.second_guard:
         yield "second_guard_ca: needs second_guard too"
+    if (settings.second_guard_cert is None) != (settings.second_guard_key is None):
+        yield "second_guard_cert and second_guard_key go together: set both or neither"
+    if settings.second_guard_cert and not settings.second_guard_ca:
+        yield "second_guard_cert: needs second_guard_ca too; without it the channel has no TLS"
+    if 0 < settings.max_message_bytes < 1024:
+        yield f"max_message_bytes: {settings.max_message_bytes} is neither 0 nor at least 1024"
     if settings.audit and not settings.audit_key:
         yield "audit: needs audit_key too (openssl rand -hex 32 > FILE)"
     if settings.audit_payload_key and not settings.audit:
@@ -218,7 +240,8 @@ def _problems(settings: Settings) -> Iterator[str]:
     if settings.default_deadline_s > settings.max_deadline_s:
         yield "default_deadline_s: is over max_deadline_s"
     files = ("tls_cert", "tls_key", "tls_client_ca", "second_guard_ca", "candidate_key", "auth")
-    for name in (*files, "model_key", "audit_key", "audit_payload_key"):
+    seconds = ("second_guard_cert", "second_guard_key")
+    for name in (*files, *seconds, "model_key", "audit_key", "audit_payload_key"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             yield f"{name}: {path} is not a file"

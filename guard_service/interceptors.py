@@ -56,6 +56,7 @@ class Call:
     action: Action | None = None
     policy: str = ""
     fired: set[str] = field(default_factory=set)
+    tiers: set[str] = field(default_factory=set)  # of cascades, each with its reason
     computed_tokens: int = 0
     cached_tokens: int = 0
     from_cache: int = 0
@@ -79,6 +80,8 @@ class Call:
         self.computed_tokens += judgement.computed_tokens
         self.cached_tokens += judgement.cached_tokens
         self.from_cache += judgement.from_cache
+        if judgement.tier:
+            self.tiers.add(f"{judgement.tier} {judgement.tier_reason}")
         self.queue_s = max(self.queue_s, judgement.queue_s)
         self.inference_s = max(self.inference_s, judgement.inference_s)
 
@@ -329,6 +332,8 @@ class Door(grpc.aio.ServerInterceptor):
                 "queue_s": round(call.queue_s, 6),
                 "inference_s": round(call.inference_s, 6),
             }
+        if call.tiers:
+            fields["tiers"] = sorted(call.tiers)
         fields |= {"request_bytes": call.size, "total_s": round(total_s, 6)}
         LOG.info("call", extra={FIELDS: fields})
 

@@ -59,17 +59,22 @@ class RemoteGuard:
 
     card = None
 
-    def __init__(self, target: str, ca: Path | None) -> None:
-        """With the CA's certificate (PEM) the channel is a TLS one. Raises OSError for its file."""
+    def __init__(
+        self, target: str, ca: Path | None, cert: Path | None = None, key: Path | None = None
+    ) -> None:
+        """With the CA's certificate (PEM) the channel is a TLS one, and with a certificate of our
+        own and its key we show that. Raises OSError for a file that cannot be read."""
         self._target = target
         self._roots = ca.read_bytes() if ca else None
+        self._chain = cert.read_bytes() if cert else None
+        self._key = key.read_bytes() if key else None
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
         """Made in the event loop, where it is asked for first."""
         if self._roots is None:
             return grpc.aio.insecure_channel(self._target, options=OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self._roots)
+        credentials = grpc.ssl_channel_credentials(self._roots, self._key, self._chain)
         return grpc.aio.secure_channel(self._target, credentials, options=OPTIONS)
 
     @cached_property

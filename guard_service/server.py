@@ -79,6 +79,11 @@ class GuardServer:
         for a CA of the second guard that cannot be read, or traces that cannot be had, PolicyError
         for a wrong auth file.
         """
+        # Images may be for the second guard, of which nothing is known where it is elsewhere.
+        images = engine.card.judges_images or bool(
+            second.card.judges_images if second else settings.second_guard
+        )
+        settings = replace(settings, max_message_bytes=settings.message_bytes(images))
         self.settings = settings
         self.address = ""
         self.metrics_port = 0

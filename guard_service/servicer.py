@@ -110,6 +110,7 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
         with self._theirs.held() as judge:
             cards = await judge.cards()
         tiers = (FIRST, SECOND) if len(cards) > 1 else ("",)
+        sees = any(card.judges_images for card in cards)
         return guard_pb2.GetInfoResponse(
             version=__version__,
             models=[model_info_of(card, tier) for card, tier in zip(cards, tiers, strict=True)],
@@ -119,6 +120,9 @@ class Servicer(guard_pb2_grpc.GuardServiceServicer):
                 max_conversation_tokens=settings.max_conversation_tokens,
                 max_messages=settings.max_messages,
                 default_deadline=duration_of(settings.default_deadline_s),
+                max_images=settings.max_images if sees else 0,
+                max_image_bytes=settings.max_image_bytes if sees else 0,
+                max_image_pixels=settings.max_image_pixels if sees else 0,
             ),
             started_at=self.started_at,
             policy_reloads=reloads_of(self.policy_reloads) if self.policy_reloads else None,

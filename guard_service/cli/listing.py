@@ -55,6 +55,11 @@ def info(place: Place, timeout_s: float, as_json: bool) -> int:
         f"conversation, {limits.max_batch_items} a batch, {limits.max_message_bytes} bytes a call, "
         f"deadline {limits.default_deadline_s:g} s unless the call has one"
     )
+    if limits.max_images:
+        to.print(
+            f"        {limits.max_images} images a conversation, of {limits.max_image_bytes} bytes "
+            f"and {limits.max_image_pixels} pixels each"
+        )
     return exits.OK if serves else exits.NO_VERDICT
 
 

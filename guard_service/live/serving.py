@@ -87,7 +87,12 @@ class Makers:
         self.on_health = on_health
         self.remote: RemoteGuard | None = None
         if settings.second_guard:
-            self.remote = RemoteGuard(settings.second_guard, settings.second_guard_ca)
+            self.remote = RemoteGuard(
+                settings.second_guard,
+                settings.second_guard_ca,
+                settings.second_guard_cert,
+                settings.second_guard_key,
+            )
 
     @cached_property
     def _cascade(self) -> CascadeMetrics:

@@ -43,6 +43,9 @@ class Limits:
     max_conversation_tokens: int
     max_messages: int
     default_deadline_s: float
+    max_images: int = 0  # this and what follows: 0 where no image is judged, or nothing is told
+    max_image_bytes: int = 0
+    max_image_pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,9 @@ def read_info(wire: guard_pb2.GetInfoResponse) -> ServiceInfo:
         max_conversation_tokens=wire.limits.max_conversation_tokens,
         max_messages=wire.limits.max_messages,
         default_deadline_s=seconds(wire.limits.default_deadline),
+        max_images=wire.limits.max_images,
+        max_image_bytes=wire.limits.max_image_bytes,
+        max_image_pixels=wire.limits.max_image_pixels,
     )
     models = tuple(_model(model) for model in wire.models)
     return ServiceInfo(

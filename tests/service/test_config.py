@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from guard_service.config import FIELDS, ConfigError, Settings, load
+from guard_service.config import FIELDS, MIB, ConfigError, Settings, load
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -125,3 +125,12 @@ def test_every_knob_tells_its_reason() -> None:
 )
 def test_the_address_is_what_grpc_binds(host: str, address: str) -> None:
     assert Settings(host=host, port=1).address == address
+
+
+def test_a_message_takes_the_largest_image_where_images_are_judged() -> None:
+    own = Settings()
+    assert own.message_bytes(judges_images=False) == 4 * MIB
+    assert own.message_bytes(judges_images=True) == own.max_image_bytes + 4 * MIB
+    assert Settings(max_message_bytes=9 * MIB).message_bytes(judges_images=True) == 9 * MIB
+    with pytest.raises(ConfigError, match="neither 0 nor at least 1024"):
+        Settings(max_message_bytes=7)

@@ -149,6 +149,8 @@ async def test_info_tells_what_runs_and_its_limits(guard: Running) -> None:
     assert model.engine == "fake" and "fake" in model.notice and not model.judges_images
     assert not model.custom_codes
     assert info.limits.max_message_bytes == 4 * 1024 * 1024
+    images = ("max_images", "max_image_bytes", "max_image_pixels")
+    assert [getattr(info.limits, name) for name in images] == [0, 0, 0]
     assert info.limits.default_deadline.seconds == 30
     assert info.started_at.seconds > 0
 

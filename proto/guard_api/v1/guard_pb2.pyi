@@ -916,6 +916,9 @@ class Limits(google.protobuf.message.Message):
     MAX_CONVERSATION_TOKENS_FIELD_NUMBER: builtins.int
     MAX_MESSAGES_FIELD_NUMBER: builtins.int
     DEFAULT_DEADLINE_FIELD_NUMBER: builtins.int
+    MAX_IMAGES_FIELD_NUMBER: builtins.int
+    MAX_IMAGE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_IMAGE_PIXELS_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """max_message_bytes of one gRPC message."""
     max_batch_items: builtins.int
@@ -924,6 +927,12 @@ class Limits(google.protobuf.message.Message):
     """max_conversation_tokens of one conversation."""
     max_messages: builtins.int
     """max_messages of one conversation."""
+    max_images: builtins.int
+    """max_images of one conversation; 0, as the next two, where no image is judged."""
+    max_image_bytes: builtins.int
+    """max_image_bytes of one encoded image; a larger one is not judged (IMAGE_TOO_LARGE)."""
+    max_image_pixels: builtins.int
+    """max_image_pixels of one decoded image; a larger one is not judged."""
     @property
     def default_deadline(self) -> google.protobuf.duration_pb2.Duration:
         """default_deadline applied to a call that has none."""
@@ -936,8 +945,11 @@ class Limits(google.protobuf.message.Message):
         max_conversation_tokens: builtins.int = ...,
         max_messages: builtins.int = ...,
         default_deadline: google.protobuf.duration_pb2.Duration | None = ...,
+        max_images: builtins.int = ...,
+        max_image_bytes: builtins.int = ...,
+        max_image_pixels: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_deadline", b"default_deadline"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["default_deadline", b"default_deadline", "max_batch_items", b"max_batch_items", "max_conversation_tokens", b"max_conversation_tokens", "max_message_bytes", b"max_message_bytes", "max_messages", b"max_messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["default_deadline", b"default_deadline", "max_batch_items", b"max_batch_items", "max_conversation_tokens", b"max_conversation_tokens", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_images", b"max_images", "max_message_bytes", b"max_message_bytes", "max_messages", b"max_messages"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import grpc
 import pytest
 
@@ -9,6 +11,7 @@ from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_policies.loader import builtin_policies, parse_policy
 from guard_service.config import Settings
 from guard_service.errors import PolicyNotSupported
+from guard_service.logs import FIELDS
 from guard_service.server import GuardServer
 from tests.service.asking import (
     Running,
@@ -49,6 +52,19 @@ async def test_the_second_decides_in_the_band_and_the_verdict_says_so(run_guard:
         ("BLOCK", 0.9, SMALL, "first", "OUTSIDE_BAND"),
     ]
     assert [large.saw(text) for text in texts] == [0, 1, 1, 0]
+
+
+async def test_the_access_log_tells_the_tiers_that_decided(
+    run_guard: RunGuard, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = await run_guard(Told(SMALL), (BAND,), second=Told(LARGE))
+    with caplog.at_level(logging.INFO, "guard_service.access"):
+        await judged(guard, says(0.3, 0.9))
+        batch = [asked(says(small, 0.9), policy="tiered") for small in (0.1, 0.6)]
+        await guard.stub.ClassifyBatch(guard_pb2.ClassifyBatchRequest(requests=batch))
+        await judged(guard, "hello", policy="default")
+    tiers = [getattr(record, FIELDS).get("tiers") for record in caplog.records]
+    assert tiers == [["second IN_BAND"], ["first OUTSIDE_BAND", "second IN_BAND"], None]
 
 
 async def test_a_category_goes_up_from_its_score_on(run_guard: RunGuard) -> None:

@@ -28,6 +28,7 @@ from tests.service.asking import Running, asked, message, refused
 from tests.service.cascade.guards import LARGE, SMALL, Told, says, with_picture
 from tests.service.conftest import RunGuard
 from tests.service.images.drawing import RED, drawn
+from tests.service.security.issuing import Authority
 
 POLICY = "name: tiered\nversion: '1'\ncascade: {band: [0.25, 0.75], when_unable: %s}\n"
 ERROR, FIRST = POLICY % "error", POLICY % "first"
@@ -342,3 +343,36 @@ def certificate(folder: Path, name: str) -> Path:
     except FileNotFoundError:
         pytest.skip("needs openssl to make a certificate")
     return cert
+
+
+async def test_a_certificate_of_our_own_is_shown_where_it_is_asked_for(
+    run_guard: RunGuard, cascade: Cascade, tmp_path: Path
+) -> None:
+    ours, theirs = Authority("ours"), Authority("theirs")
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(ours.root)
+    cert, key = tmp_path / "back.pem", tmp_path / "back.key"
+    ours.issue("localhost").write(cert, key)
+    back = await run_guard(
+        Told(LARGE),
+        (ERROR,),
+        host="127.0.0.1",
+        port=0,
+        tls_cert=cert,
+        tls_key=key,
+        tls_client_ca=ca,
+    )
+    target = f"localhost:{back.server.address.rpartition(':')[2]}"
+    for authority, answers in ((ours, True), (theirs, False), (None, False)):
+        shown: dict[str, Path] = {}
+        if authority is not None:
+            shown["second_guard_cert"] = tmp_path / f"{authority.name}.pem"
+            shown["second_guard_key"] = tmp_path / f"{authority.name}.key"
+            authority.issue("front").write(*shown.values())
+        front = await cascade(target, second_guard_ca=ca, **shown)
+        asking = front.stub.Classify(asked(UP, policy="tiered"))
+        if answers:
+            assert (await asking).verdict.model.tier == "second"
+        else:
+            assert (await refused(asking)).reason == "SECOND_UNABLE"
+        await front.server.stop(0.0)

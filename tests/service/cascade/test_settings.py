@@ -25,6 +25,15 @@ POLICY = "name: tiered\nversion: '1'\ncascade: {band: [0, 1]}\n"
         ({"second_guard": "a.example"}, "neither host:port nor unix:/path"),
         ({"second_guard_ca": Path(__file__)}, "needs second_guard too"),
         ({"second_guard": "a:1", "second_guard_ca": Path("none.pem")}, "none.pem is not a file"),
+        ({"second_guard": "a:1", "second_guard_cert": Path(__file__)}, "set both or neither"),
+        (
+            {
+                "second_guard": "a:1",
+                "second_guard_cert": Path(__file__),
+                "second_guard_key": Path(__file__),
+            },
+            "needs second_guard_ca too",
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(knobs: dict[str, object], said: str) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from PIL import Image
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service.engines.fake import FakeEngine
@@ -319,3 +321,17 @@ async def test_a_text_only_model_decodes_and_fetches_nothing(
     found = await verdict(guard, shown(drawn(), BROKEN, policy="flagging"))
     assert {one.reason for one in found.coverage.parts} == {"", "MODEL_IS_TEXT_ONLY"}
     assert not network.asked
+
+
+async def test_a_photograph_s_size_comes_through_and_bounds_are_told(run_guard: RunGuard) -> None:
+    guard = await run_guard(FakeEngine(sees_images=True))
+    limits = (await guard.stub.GetInfo(guard_pb2.GetInfoRequest())).limits
+    assert (limits.max_images, limits.max_image_pixels) == (16, 16 * 2**20)
+    assert limits.max_message_bytes > limits.max_image_bytes == 8 * 2**20
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    photograph = encoded(Image.fromarray(noise))
+    assert 6 * 2**20 < len(photograph) < limits.max_image_bytes
+    asking = message("hello")
+    asking.parts.add(image=guard_pb2.Image(data=photograph))
+    verdict = (await guard.stub.Classify(asked(asking))).verdict
+    assert [part.state for part in verdict.coverage.parts] == [JUDGED, JUDGED]

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from guard_api.v1 import guard_pb2
+from guard_policies.cadence import Cadence
 from guard_service.conversation import Conversation, Message, Role, Text
 from guard_service.errors import (
     ConversationTooLong,
@@ -71,15 +72,16 @@ async def _judged(
     reader = asyncio.create_task(_read(steps, queue))
     growing = judge.growing()
     reply: list[str] = []
-    chars = covered = 0
+    cadence, chars = Cadence(policy.stream), 0
     try:
         while True:
             last = await _take(queue, reply, bounds.idle_s)
-            chars = sum(map(len, reply))
             reply[:] = ["".join(reply)]
+            due = cadence.grow(reply[0][chars:])
+            chars = len(reply[0])
             if chars > bounds.reply_chars:
                 raise ConversationTooLong(f"the reply is over {bounds.reply_chars} characters")
-            if last.check or last.end or chars - covered >= policy.stream.check_every_chars:
+            if last.check or last.end or due:
                 judgement = await judge.judge(
                     with_reply(conversation, reply[0]),
                     policy,
@@ -90,8 +92,8 @@ async def _judged(
                 )
                 # The images stay as they were judged: what is fetched twice may not be the same.
                 conversation = Conversation(judgement.conversation.messages[:-1])
-                covered = chars
-                yield Covered(judgement, covered, last.end)
+                cadence.judged()
+                yield Covered(judgement, chars, last.end)
             if last.end:
                 return
     finally:

@@ -319,6 +319,9 @@ def policy_summary_of(
         on_unscannable_response=ON_UNSCANNABLE[policy.on_unscannable(Direction.RESPONSE)],
         refusals=policy.refusals,
         check_every_chars=policy.stream.check_every_chars,
+        first_check_chars=policy.stream.first_check_chars,
+        sentence_ends=policy.stream.sentence_ends,
+        hold_back_chars=policy.stream.hold_back_chars,
         candidate=_candidate_of(policy, compared),
     )
 

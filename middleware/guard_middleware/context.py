@@ -40,12 +40,18 @@ def _under(settings: Settings, policy: PolicySummary | None) -> Settings:
     if unscannable == "policy":
         unscannable = "pass" if passes else "block"
     told = policy.refusal(settings.language) if policy else ""
-    every_chars = policy.check_every_chars if policy else 0
+    stream = policy.stream if policy else Stream()
+    sentences = settings.sentence_pieces
+    if sentences == "policy":
+        sentences = "on" if stream.sentence_ends else "off"
     return replace(
         settings,
         unscannable=unscannable,
         refusal=settings.refusal or told or DEFAULT_REFUSAL,
-        piece_chars=settings.piece_chars or every_chars or Stream().check_every_chars,
+        first_check_chars=settings.first_check_chars or stream.first_check_chars,
+        piece_chars=settings.piece_chars or stream.check_every_chars,
+        sentence_pieces=sentences,
+        hold_back_chars=settings.hold_back_chars or stream.hold_back_chars,
     )
 
 

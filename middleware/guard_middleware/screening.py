@@ -16,6 +16,8 @@ from guard_middleware.formats.contract import Channel, Event
 from guard_middleware.guards import Conversation, Guard
 from guard_middleware.settings import Settings
 from guard_middleware.verdict import Outcome
+from guard_policies.cadence import Cadence
+from guard_policies.schema import Stream
 
 LOG = logging.getLogger(__name__)
 _ALL = 2**62
@@ -160,7 +162,7 @@ class Screen:
         choices = {channel.choice for channel in grown}
         for channel, growing in self._channels.items():
             if channel.choice in ended or channel.choice in choices and channel not in grown:
-                growing.check()
+                growing.leave()
 
     def heard(self, outcome: Outcome) -> None:
         """An outcome of one of the channels."""
@@ -171,18 +173,19 @@ class Screen:
 
 
 class _Growing:
-    """One channel before the guard. `covered` counts code points that may go."""
+    """One channel before the guard; it counts code points."""
 
     def __init__(
         self, screen: Screen, guard: Guard, prompt: Conversation, settings: Settings
     ) -> None:
         self.chars = 0
-        self.covered = 0
         self.final = False
         self._screen = screen
-        self._settings = settings
+        self._cadence = Cadence(_stream(settings))
+        self._hold_back = settings.hold_back_chars
+        self._allowed = 0  # code points that verdicts allow
+        self._left = 0  # and up to where the reply went on elsewhere: nothing is held back of these
         self._pending: list[str] = []
-        self._pending_chars = 0
         self._given = 0  # code points that the guard has been given
         self._asked = 0  # code points up to which a verdict is wanted
         self._checked = 0  # and up to which the guard has been told so
@@ -195,17 +198,27 @@ class _Growing:
     def add(self, text: str) -> None:
         self.chars += len(text)
         self._pending.append(text)
-        self._pending_chars += len(text)
-        first = self._settings.first_check_chars
-        if self._asked == 0 and self.chars >= first:
-            self.check()
-        elif self._pending_chars >= self._settings.piece_chars:
-            self._wake.set()
+        if self._cadence.grow(text):
+            if self._asked == 0:
+                self.check()
+            else:  # the guard knows its cadence
+                self._wake.set()
+
+    @property
+    def covered(self) -> int:
+        """Code points that may go."""
+        if self.final or self._screen.full:  # what is held back must not stop the backend for good
+            return self._allowed
+        return max(self._allowed - self._hold_back, min(self._allowed, self._left))
 
     def check(self) -> None:
         if self._asked < self.chars:
             self._asked = self.chars
             self._wake.set()
+
+    def leave(self) -> None:
+        self._left = self.chars
+        self.check()
 
     def end(self) -> None:
         self._ending = True
@@ -226,11 +239,11 @@ class _Growing:
         """A verdict covers what the guard had been given, whatever else it says of itself."""
         self.final = final
         if not outcome.judged:  # where that is declared to pass, it does to the reply's end
-            self.covered, self.final = 0 if outcome.blocked else _ALL, True
+            self._allowed, self.final = 0 if outcome.blocked else _ALL, True
         elif covered > self._given or final and not (self._ending and covered == self.chars):
             self._screen.block()
         elif not outcome.blocked:
-            self.covered = max(self.covered, covered)
+            self._allowed = max(self._allowed, covered)
         self._screen.heard(outcome)
 
     async def _pieces(self) -> AsyncIterator[Piece]:
@@ -239,7 +252,7 @@ class _Growing:
             self._wake.clear()
             text, ending = "".join(self._pending), self._ending
             self._pending.clear()
-            self._pending_chars = 0
+            self._cadence.judged()
             self._given += len(text)
             check = self._asked > self._checked and not ending  # the end is judged in any case
             if check:
@@ -248,3 +261,13 @@ class _Growing:
                 yield Piece(text, check)
             if ending:
                 return
+
+
+def _stream(settings: Settings) -> Stream:
+    """When the guard is to hear of a channel's text."""
+    usual = Stream()
+    return Stream(
+        check_every_chars=settings.piece_chars or usual.check_every_chars,
+        first_check_chars=settings.first_check_chars or usual.first_check_chars,
+        sentence_ends=settings.sentence_pieces == "on",
+    )

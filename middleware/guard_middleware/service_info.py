@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_middleware.verdict import ModelRef, PolicyRef, read_action, seconds
 from guard_policies.assessment import Action
-from guard_policies.schema import Unscannable, widening
+from guard_policies.schema import Stream, Unscannable, widening
 
 # What is not known here is as if nothing had been declared.
 _UNSCANNABLE = {
@@ -93,7 +93,7 @@ class PolicySummary:
     on_unscannable_prompt: Unscannable
     on_unscannable_response: Unscannable
     refusals: tuple[tuple[str, str], ...]  # by language tag in lower case; "" is the base
-    check_every_chars: int  # 0 where a guard does not tell
+    stream: Stream  # the usual one where a guard does not tell
     candidate: Candidate | None = None
 
     def refusal(self, language: str = "") -> str:
@@ -168,8 +168,18 @@ def _policy(wire: guard_pb2.PolicySummary) -> PolicySummary:
         on_unscannable_prompt=_UNSCANNABLE.get(wire.on_unscannable_prompt, Unscannable.BLOCK),
         on_unscannable_response=_UNSCANNABLE.get(wire.on_unscannable_response, Unscannable.BLOCK),
         refusals=tuple(sorted(wire.refusals.items())),
-        check_every_chars=wire.check_every_chars,
+        stream=_stream(wire),
         candidate=_candidate(wire.candidate) if wire.HasField("candidate") else None,
+    )
+
+
+def _stream(wire: guard_pb2.PolicySummary) -> Stream:
+    usual = Stream()
+    return Stream(
+        check_every_chars=wire.check_every_chars or usual.check_every_chars,
+        first_check_chars=wire.first_check_chars or usual.first_check_chars,
+        sentence_ends=wire.sentence_ends,
+        hold_back_chars=wire.hold_back_chars,
     )
 
 

@@ -115,11 +115,21 @@ class Settings:
         (), "more paths that pass unread, on top of health, models and metrics; * is one segment"
     )
 
-    first_check_chars: int = _knob(40, "the first check of a stream comes this early", 1)
+    first_check_chars: int = _knob(
+        0, "the first check of a stream comes this early; 0: as its policy says"
+    )
     piece_chars: int = _knob(
         0,
         "a stream's text goes to the guard in pieces of this size; 0: of what its policy judges "
         "at a time",
+    )
+    sentence_pieces: str = _choice(
+        "policy", "and also where a sentence ends, if its policy judges there", "on", "off"
+    )
+    hold_back_chars: int = _knob(
+        0,
+        "of what a verdict allowed so many of the last characters wait for the next one; 0: as its "
+        "policy says",
     )
     hold_chars: int = _knob(
         4096, "so much text held back asks for a verdict at once, and stops reading", 1

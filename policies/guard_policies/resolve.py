@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from guard_policies.assessment import Action, Direction
@@ -16,6 +16,7 @@ from guard_policies.schema import (
     Cascade,
     Policy,
     Rule,
+    Stream,
     Unscannable,
     widening,
 )
@@ -84,7 +85,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "rules": {one.value: _rules_by_language(policy, one) for one in Direction},
         "on_unavailable": {one.value: policy.on_unavailable(one).value for one in Direction},
         "on_unscannable": {one.value: policy.on_unscannable(one).value for one in Direction},
-        "stream": {"check_every_chars": policy.stream.check_every_chars},
+        "stream": asdict(policy.stream),
         "cascade": _described(policy.cascade) if policy.cascade else None,
         "image_uris": {
             "hosts": list(policy.image_uris.hosts),
@@ -131,6 +132,10 @@ def _digest(policy: Policy) -> str:
         del meaning["cascade"]  # as it was before there were cascades
     if not policy.image_uris.hosts:
         del meaning["image_uris"]  # nor images
+    usual = asdict(Stream())
+    for key in ("first_check_chars", "sentence_ends", "hold_back_chars"):
+        if meaning["stream"][key] == usual[key]:
+            del meaning["stream"][key]  # as it was before there were these
     for category in meaning["categories"]:
         if category["prompt_name"]:
             del category["description"]

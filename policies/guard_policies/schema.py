@@ -50,9 +50,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """When a growing reply is judged: whenever so many code points came since the last time."""
+    """When a growing reply is judged, and what of it waits for the next verdict. Code points."""
 
-    check_every_chars: int = 200
+    check_every_chars: int = 200  # whenever so many came since the last verdict
+    first_check_chars: int = 40  # and the first one this early
+    sentence_ends: bool = False  # and where a sentence ends
+    hold_back_chars: int = 0  # of what a verdict allowed the last ones wait for the next verdict
 
 
 @dataclass(frozen=True, slots=True)

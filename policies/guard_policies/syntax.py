@@ -33,7 +33,12 @@ DIRECTION_KEYS = tuple(direction.value for direction in Direction)
 CATEGORY_KEYS = ("name", "description", *SETTING_KEYS, *DIRECTION_KEYS)
 LANGUAGE_CATEGORY_KEYS = (*RULE_KEYS, *DIRECTION_KEYS)
 LANGUAGE_KEYS = (*LANGUAGE_CATEGORY_KEYS, "categories")
-STREAM_KEYS = ("check_every_chars",)
+STREAM_CHARS = {
+    "check_every_chars": (1, 100_000),
+    "first_check_chars": (1, 100_000),
+    "hold_back_chars": (0, 100_000),
+}
+STREAM_KEYS = (*STREAM_CHARS, "sentence_ends")
 CASCADE_KEYS = ("second", "band", "categories", "images", "when_unable", "timeout_s")
 CANDIDATE_KEYS = ("for", "share")
 CASCADE_TIMEOUT_S = (0.01, 300.0)
@@ -186,9 +191,19 @@ def _mode(reader: Reader, entry: Entry | None) -> Mode:
 def _stream(reader: Reader, entry: Entry | None) -> Stream:
     if entry is None:
         return Stream()
-    every = reader.table(entry.value, "stream", STREAM_KEYS).get("check_every_chars")
-    chars = every and reader.integer(every.value, "check_every_chars", 1, 100_000)
-    return Stream(chars) if chars else Stream()
+    entries, usual = reader.table(entry.value, "stream", STREAM_KEYS), Stream()
+
+    def chars(key: str, otherwise: int) -> int:
+        found = key in entries and reader.integer(entries[key].value, key, *STREAM_CHARS[key])
+        return otherwise if found is None or found is False else found
+
+    ends = entries.get("sentence_ends")
+    return Stream(
+        chars("check_every_chars", usual.check_every_chars),
+        chars("first_check_chars", usual.first_check_chars),
+        bool(ends and reader.flag(ends.value, "sentence_ends")),
+        chars("hold_back_chars", usual.hold_back_chars),
+    )
 
 
 def _cascade(reader: Reader, entry: Entry | None, codes: tuple[str, ...]) -> CascadeDraft | None:

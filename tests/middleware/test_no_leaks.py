@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -61,11 +62,12 @@ def recut(draw: st.DrawFn, chunks: list[bytes]) -> list[bytes]:
     return [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
 
 
-def exchange(speech: Speech, chunks: list[bytes], guard: FakeGuard, streamed: bool) -> Reply:
+def exchange(
+    speech: Speech, chunks: list[bytes], guard: FakeGuard, streamed: bool, **more: Any
+) -> Reply:
     kind = speech.stream_type if streamed else "application/json"
-    app = GuardMiddleware(
-        Backend(chunks, kind), guard, metrics=METRICS, refusal=REFUSAL, first_check_chars=8
-    )
+    given: dict[str, Any] = {"refusal": REFUSAL, "first_check_chars": 8, **more}
+    app = GuardMiddleware(Backend(chunks, kind), guard, metrics=METRICS, **given)
     path = speech.stream_path if streamed else speech.path
     request = speech.request("Hi", streamed, speech.most_choices)
     return asyncio.run(call(app, path, request))
@@ -80,7 +82,9 @@ def test_streams_give_out_only_what_was_allowed(speech: Speech, data: st.DataObj
     if data.draw(st.booleans()):
         chunks = data.draw(st.composite(recut)(chunks))
     guard = FakeGuard(forbids(BAD), every_chars=data.draw(st.integers(1, 60)))
-    check_stream(speech, pieces, guard, exchange(speech, chunks, guard, streamed=True))
+    back = data.draw(st.sampled_from((0, 4, 50)))
+    got = exchange(speech, chunks, guard, streamed=True, hold_back_chars=back)
+    check_stream(speech, pieces, guard, got)
 
 
 def check_stream(

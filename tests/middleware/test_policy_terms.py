@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,16 +13,17 @@ import pytest
 
 from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_middleware import Terms
+from guard_middleware.calls import Piece
 from guard_middleware.context import in_force
 from guard_middleware.fallback import LEARN_AGAIN_S, Fallback
-from guard_middleware.guards import RemoteGuard
+from guard_middleware.guards import Conversation, RemoteGuard
 from guard_middleware.service_info import PolicySummary, read_policies
 from guard_middleware.settings import Settings
 from guard_middleware.testing import FakeGuard
-from guard_middleware.verdict import PolicyRef
+from guard_middleware.verdict import PolicyRef, StreamOutcome
 from guard_policies.assessment import Action
 from guard_policies.loader import parse_policy
-from guard_policies.schema import DEFAULT_REFUSAL, Unscannable
+from guard_policies.schema import DEFAULT_REFUSAL, Stream, Unscannable
 from guard_service.wire import policy_summary_of
 from tests.middleware.asgi_calls import EVENTS, Backend, call, each
 from tests.middleware.fake_service import FakeService, verdict
@@ -35,13 +36,18 @@ version: "1"
 on_unscannable: {on_unscannable}
 response: {{on_unscannable: flag}}
 refusal: {{default: "No.", de: "Nein.", pt-br: "Não."}}
-stream: {{check_every_chars: 100}}
+stream:
+  check_every_chars: 100
+  first_check_chars: 20
+  hold_back_chars: 30
+  sentence_ends: {ends}
 """
 AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
-def wire(on_unscannable: str = "error") -> guard_pb2.PolicySummary:
-    return policy_summary_of(parse_policy(POLICY.format(on_unscannable=on_unscannable)))
+def wire(on_unscannable: str = "error", ends: str = "true") -> guard_pb2.PolicySummary:
+    text = POLICY.format(on_unscannable=on_unscannable, ends=ends)
+    return policy_summary_of(parse_policy(text))
 
 
 def summary(of: guard_pb2.PolicySummary) -> PolicySummary:
@@ -64,7 +70,7 @@ def test_summary_carries_what_the_policy_file_says(choice: Unscannable) -> None:
         choice,
         Unscannable.FLAG,
     )
-    assert found.check_every_chars == 100
+    assert found.stream == Stream(100, 20, sentence_ends=True, hold_back_chars=30)
     said = {tag: found.refusal(tag) for tag in ("", "de-AT", "pt-BR", "fr")}
     assert said == {"": "No.", "de-AT": "Nein.", "pt-BR": "Não.", "fr": "No."}
 
@@ -72,7 +78,7 @@ def test_summary_carries_what_the_policy_file_says(choice: Unscannable) -> None:
 def test_a_guard_that_does_not_tell_these_has_declared_nothing_that_passes() -> None:
     found = summary(guard_pb2.PolicySummary())
     assert found.on_unscannable_prompt is found.on_unscannable_response is Unscannable.BLOCK
-    assert (found.refusal("de"), found.check_every_chars) == ("", 0)
+    assert (found.refusal("de"), found.stream) == ("", Stream())
     newer = guard_pb2.PolicySummary(on_unscannable_prompt=99)  # type: ignore[arg-type]
     assert summary(newer).on_unscannable_prompt is Unscannable.BLOCK
 
@@ -100,6 +106,35 @@ async def test_settings_go_before_the_policy_and_the_policy_before_what_is_safe(
         unscannable,
         piece_chars,
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "declared", "first", "sentences", "back"),
+    [
+        ({}, True, 20, "on", 30),
+        ({}, False, 40, "off", 0),
+        (
+            {"first_check_chars": 7, "sentence_pieces": "off", "hold_back_chars": 9},
+            True,
+            7,
+            "off",
+            9,
+        ),
+        (
+            {"first_check_chars": 7, "sentence_pieces": "on", "hold_back_chars": 9},
+            False,
+            7,
+            "on",
+            9,
+        ),
+    ],
+)
+async def test_settings_of_streams_go_before_the_policys(
+    given: dict[str, Any], declared: bool, first: int, sentences: str, back: int
+) -> None:
+    found = await in_force(Settings(**given), Declares(summary(wire()) if declared else None))
+    assert (found.first_check_chars, found.sentence_pieces) == (first, sentences)
+    assert found.hold_back_chars == back
 
 
 class Tells(FakeService):
@@ -170,11 +205,42 @@ async def test_what_no_guard_can_read_passes_where_the_policy_lets_it(
 async def test_a_stream_goes_to_the_guard_in_pieces_of_the_policys_cadence(
     service: Tells, target: str
 ) -> None:
+    service.policies = [wire(ends="false")]
     async with guarded(target, Backend(each(chunks(SAFE)), EVENTS)) as app:
         got = await call(app, PATH, asking("Hi", stream=True))
     assert got.text() == SAFE
     first, *most, _ = [size for size in service.sizes if size]
-    assert first >= 40 and most and min(most) >= 100
+    assert first >= 20 and most and min(most) >= 100
+
+
+class Hears(Declares):
+    """Keeps the pieces of streams."""
+
+    def __init__(self, declared: PolicySummary) -> None:
+        super().__init__(declared)
+        self.pieces: list[Piece] = []
+
+    def growing(
+        self, conversation: Conversation, pieces: AsyncIterable[Piece]
+    ) -> AsyncGenerator[StreamOutcome]:
+        async def heard() -> AsyncIterator[Piece]:
+            async for piece in pieces:
+                self.pieces.append(piece)
+                yield piece
+
+        return super().growing(conversation, heard())
+
+
+async def test_pieces_end_with_sentences_where_the_policy_judges_there() -> None:
+    """The first one asks for a verdict; the guard knows itself when it makes the others."""
+    guard = Hears(summary(wire()))
+    backend = Backend(each(chunks(SAFE, size=1)), EVENTS)
+    got = await call(Wrapped(backend, guard), PATH, asking("Hi", stream=True))
+    assert got.text() == SAFE
+    first, *most = [piece for piece in guard.pieces if piece.text]
+    assert (len(first.text), first.check) == (20, True)
+    assert {(piece.text[-2:], piece.check) for piece in most} == {(". ", False)}
+    assert len(most) > 10
 
 
 async def test_a_policy_that_was_loaded_anew_is_asked_for_anew(service: Tells, target: str) -> None:

@@ -398,6 +398,62 @@ async def test_stream_that_pauses_is_given_out_so_far() -> None:
     assert b"And " in b"".join(seen)
 
 
+@pytest.mark.parametrize(("back", "begins"), [(0, True), (len(BAD) - 1, False)])
+async def test_what_is_held_back_is_the_beginning_of_what_is_blocked_later(
+    back: int, begins: bool
+) -> None:
+    """Wherever it stands: checks fall within it too, and find its beginning harmless."""
+    begun = 0
+    for at in range(100, 130):
+        backend = Backend(each(chunks(SAFE[:at] + BAD + SAFE)), EVENTS)
+        guard = FakeGuard(forbids(BAD), every_chars=7)
+        app = Wrapped(backend, guard, piece_chars=7, hold_back_chars=back)
+        got = (await call(app, PATH, asking("Hi", stream=True))).text()
+        assert got and fits(got, SAFE[:at] + BAD)
+        begun += len(got) > at
+    assert bool(begun) is begins
+
+
+@pytest.mark.parametrize("hold_back", [30, 5000])
+async def test_what_is_held_back_is_given_in_the_end_and_never_stops_the_backend(
+    hold_back: int,
+) -> None:
+    app = Wrapped(Backend(each(chunks(SAFE)), EVENTS), hold_back_chars=hold_back, hold_chars=100)
+    got = await call(app, PATH, asking("Hi", stream=True))
+    assert got.ended and got.body == b"".join(each(chunks(SAFE)))
+
+
+async def test_the_last_words_of_a_channel_do_not_hold_up_the_next() -> None:
+    """Reasoning is over once the answer begins: nothing can make its last words bad any more."""
+    goes_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", EVENTS.encode())]
+        await send({**START, "headers": headers})
+        thinks = [
+            sse(chunk({"reasoning": SAFE[at : at + 4]}), done=False) for at in range(0, 80, 4)
+        ]
+        for data in (*thinks, sse(chunk({"content": "And "}), done=False)):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await goes_on.wait()
+        await send({"type": "http.response.body", "body": sse(), "more_body": False})
+
+    seen: list[bytes] = []
+
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        async def heard(message: Message) -> None:
+            seen.append(message.get("body", b""))
+            if SAFE[76:80].encode() in b"".join(seen):
+                goes_on.set()
+            await send(message)
+
+        await Wrapped(app, hold_back_chars=20, idle_check_s=0.01)(scope, receive, heard)
+
+    async with asyncio.timeout(60):
+        got = await call(watched, PATH, asking("Hi", stream=True))
+    assert got.text(key="reasoning") == SAFE[:80] and got.text() == "And "
+
+
 async def test_only_what_was_released_is_measured() -> None:
     app = Wrapped(Backend(each(chunks(SAFE)), EVENTS))
     await call(app, PATH, asking("Hi", stream=True))

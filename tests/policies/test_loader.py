@@ -109,6 +109,16 @@ MISTAKES = [
         "stream: {check_every_chars: 1.5}",
         ["f:3:29: check_every_chars must be a whole number, not 1.5"],
     ),
+    (
+        "a negative number",
+        "stream: {hold_back_chars: -1}",
+        ["f:3:27: hold_back_chars must lie between 0 and 100000, not -1"],
+    ),
+    (
+        "no flag",
+        "stream: {sentence_ends: often}",
+        ["f:3:25: sentence_ends must be one of true, false, not 'often'"],
+    ),
     ("empty refusal", "refusal: {de: ''}", ["f:3:15: refusal in 'de' is empty"]),
     ("a list", "categories: [S1]", ["f:3:13: categories must be a mapping, not a list"]),
     ("an alias", "prompt: &x {action: flag}\nresponse: *x", ["f:4:11: aliases (*name) are not"]),

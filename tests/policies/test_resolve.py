@@ -155,6 +155,9 @@ OTHER = [
     MEANING + "refusal: No.",
     MEANING + "engine: onnx",
     MEANING + "stream: {check_every_chars: 10}",
+    MEANING + "stream: {first_check_chars: 10}",
+    MEANING + "stream: {sentence_ends: true}",
+    MEANING + "stream: {hold_back_chars: 10}",
     MEANING.replace("S2: off", "S2: off\n  S5: {description: Own words}"),
 ]
 

@@ -179,7 +179,7 @@ async def test_a_stream_judges_where_asked_and_at_the_end(guard: Running) -> Non
 
 
 async def test_a_stream_judges_at_the_cadence_of_its_policy(run_guard: RunGuard) -> None:
-    extra = "stream: {check_every_chars: 50}"
+    extra = "stream: {check_every_chars: 50, first_check_chars: 50}"
     guard = await run_guard(policies=(POLICY.format(name="often", extra=extra),))
     call = guard.stub.ClassifyStream()
     await call.write(start("hi", policy="often"))
@@ -187,6 +187,20 @@ async def test_a_stream_judges_at_the_cadence_of_its_policy(run_guard: RunGuard)
         await call.write(piece("ä" * 40))
     reply = await call.read()
     assert reply.covered_chars == 80
+    await call.write(piece("", end=True))
+    assert (await call.read()).final
+
+
+async def test_a_stream_is_judged_early_and_at_the_ends_of_sentences(run_guard: RunGuard) -> None:
+    extra = "stream: {first_check_chars: 10, sentence_ends: true}"
+    guard = await run_guard(policies=(POLICY.format(name="sentences", extra=extra),))
+    call = guard.stub.ClassifyStream()
+    await call.write(start("hi", policy="sentences"))
+    await call.write(piece("A beginning"))
+    assert (await call.read()).covered_chars == 11
+    await call.write(piece(" and more of it"))
+    await call.write(piece(". And on"))
+    assert (await call.read()).covered_chars == 34
     await call.write(piece("", end=True))
     assert (await call.read()).final
 

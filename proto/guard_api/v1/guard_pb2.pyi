@@ -636,6 +636,9 @@ class PolicySummary(google.protobuf.message.Message):
     REFUSALS_FIELD_NUMBER: builtins.int
     CHECK_EVERY_CHARS_FIELD_NUMBER: builtins.int
     CANDIDATE_FIELD_NUMBER: builtins.int
+    FIRST_CHECK_CHARS_FIELD_NUMBER: builtins.int
+    SENTENCE_ENDS_FIELD_NUMBER: builtins.int
+    HOLD_BACK_CHARS_FIELD_NUMBER: builtins.int
     description: builtins.str
     """description in a sentence or two."""
     shadow: builtins.bool
@@ -652,6 +655,16 @@ class PolicySummary(google.protobuf.message.Message):
     """on_unscannable_response is the same for a response."""
     check_every_chars: builtins.int
     """check_every_chars is how many code points of a growing reply the server judges at a time."""
+    first_check_chars: builtins.int
+    """first_check_chars is how many code points of a growing reply come before its first verdict; 0
+    where a server does not tell.
+    """
+    sentence_ends: builtins.bool
+    """sentence_ends is true when the server judges a growing reply also where a sentence ends."""
+    hold_back_chars: builtins.int
+    """hold_back_chars is how many of the last code points that a verdict on a growing reply allowed
+    callers should not show before the next one.
+    """
     @property
     def policy(self) -> guard_api.v1.verdict_pb2.PolicyRef:
         """policy name, version and digest."""
@@ -684,9 +697,12 @@ class PolicySummary(google.protobuf.message.Message):
         refusals: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         check_every_chars: builtins.int = ...,
         candidate: Global___Candidate | None = ...,
+        first_check_chars: builtins.int = ...,
+        sentence_ends: builtins.bool = ...,
+        hold_back_chars: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["candidate", b"candidate", "policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["candidate", b"candidate", "categories", b"categories", "check_every_chars", b"check_every_chars", "description", b"description", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "on_unscannable_prompt", b"on_unscannable_prompt", "on_unscannable_response", b"on_unscannable_response", "policy", b"policy", "refusals", b"refusals", "shadow", b"shadow"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidate", b"candidate", "categories", b"categories", "check_every_chars", b"check_every_chars", "description", b"description", "first_check_chars", b"first_check_chars", "hold_back_chars", b"hold_back_chars", "on_unavailable_prompt", b"on_unavailable_prompt", "on_unavailable_response", b"on_unavailable_response", "on_unscannable_prompt", b"on_unscannable_prompt", "on_unscannable_response", b"on_unscannable_response", "policy", b"policy", "refusals", b"refusals", "sentence_ends", b"sentence_ends", "shadow", b"shadow"]) -> None: ...
 
 Global___PolicySummary: typing_extensions.TypeAlias = PolicySummary
 

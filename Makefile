@@ -13,7 +13,7 @@ NEXT_VENV := .venv-transformers5
 # The oldest generator, since code from a newer one refuses to load on an older protobuf runtime.
 GENERATOR := grpcio-tools==1.71.2 mypy-protobuf==3.7.0
 GENERATED := $(PROTO_VENV)/.grpcio-tools-1.71.2-mypy-protobuf-3.7.0
-WIRE_TESTS := tests/middleware/test_client.py tests/middleware/test_async_client.py tests/middleware/test_turns.py tests/service/test_errors.py tests/service/test_servicer.py
+WIRE_TESTS := tests/middleware/test_client.py tests/middleware/test_async_client.py tests/middleware/test_turns.py tests/middleware/ext_proc/test_protocol.py tests/service/test_errors.py tests/service/test_servicer.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -71,6 +71,7 @@ class Setup:
     more: Mapping[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**20
     drain_s: float = 25.0
+    backend: str = ""  # http://host:port of one that is no application
 
 
 def bootstrap(setup: Setup, folder: Path, backend: str) -> dict[str, Any]:
@@ -187,10 +188,19 @@ async def envoy(config: Mapping[str, Any], folder: Path) -> AsyncIterator[None]:
 
 async def _ready(process: asyncio.subprocess.Process, folder: Path) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not (folder / "clients").exists():
+        while not await _listens(folder / "clients"):
             if process.returncode is not None:
                 raise AssertionError((folder / "envoy.log").read_text()[-3000:])
             await asyncio.sleep(0.02)
+
+
+async def _listens(socket: Path) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(str(socket))
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 class Stage:
@@ -259,7 +269,7 @@ async def stage(
     async with (
         listening(made, lifespan="off") as upstream,
         serving(made.server),
-        envoy(bootstrap(setup, folder, upstream), folder),
+        envoy(bootstrap(setup, folder, setup.backend or upstream), folder),
     ):
         transport = httpx.AsyncHTTPTransport(uds=str(folder / "clients"))
         made.client = httpx.AsyncClient(

@@ -71,6 +71,7 @@ class Setup:
     more: Mapping[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**20
     drain_s: float = 25.0
+    keeps_connections: bool = True  # to the backend
     backend: str = ""  # http://host:port of one that is no application
 
 
@@ -124,19 +125,21 @@ def bootstrap(setup: Setup, folder: Path, backend: str) -> dict[str, Any]:
         "static_resources": {
             "listeners": [listener],
             "clusters": [
-                _cluster("backend", where, http2=False),
+                _cluster("backend", where, http2=False, once=not setup.keeps_connections),
                 _cluster("guard", {"pipe": {"path": str(folder / "processor")}}, http2=True),
             ],
         },
     }
 
 
-def _cluster(name: str, address: object, http2: bool) -> dict[str, Any]:
+def _cluster(name: str, address: object, http2: bool, once: bool = False) -> dict[str, Any]:
     kind = "http2_protocol_options" if http2 else "http_protocol_options"
-    options = {
+    options: dict[str, Any] = {
         "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         "explicit_http_config": {kind: {} if http2 else {"enable_trailers": True}},
     }
+    if once:
+        options["common_http_protocol_options"] = {"max_requests_per_connection": 1}
     endpoint = {"endpoint": {"address": address}}
     return {
         "name": name,

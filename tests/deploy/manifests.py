@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 GUARDS = ("starter", "cpu", "gpu", "mtls-guard")
 BACKENDS = ("vllm", "ollama", "tgi", "mtls-vllm")
+GATEWAYS = ("envoy",)
 SCENARIOS = (
-    *(f"scenarios/{name}" for name in (*GUARDS, *BACKENDS)),
+    *(f"scenarios/{name}" for name in (*GUARDS, *BACKENDS, *GATEWAYS)),
     "models/llama-guard-3-1b",
     "models/llama-guard-3-11b-vision",
 )

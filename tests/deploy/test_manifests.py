@@ -18,6 +18,7 @@ from guard_service.interceptors import SERVICE
 from guard_service.metrics import Metrics, Probes, application
 from tests.deploy.manifests import (
     BACKENDS,
+    GATEWAYS,
     GUARDS,
     KUBERNETES,
     ROOT,
@@ -33,7 +34,10 @@ from tests.deploy.manifests import (
 )
 
 OLDEST = "1.30"  # the first with all that is used switched on
-CUSTOM = {"ServiceMonitor", "PrometheusRule", "Gateway", "GRPCRoute"}  # see test_custom_resources
+CUSTOM = {  # see test_custom_resources
+    *("ServiceMonitor", "PrometheusRule", "Gateway", "GRPCRoute", "HTTPRoute"),
+    "EnvoyExtensionPolicy",
+}
 OURS = ("guard-service", "guard-sidecar", "guard-vision")
 
 
@@ -79,7 +83,7 @@ def test_every_scenario_is_tested_and_told_of() -> None:
     folders = [*KUBERNETES.glob("scenarios/*"), *KUBERNETES.glob("models/llama-*")]
     assert {str(folder.relative_to(KUBERNETES)) for folder in folders} == set(SCENARIOS)
     readme = (ROOT / "deploy" / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in (*GUARDS, *BACKENDS))
+    assert all(f"`{name}`" in readme for name in (*GUARDS, *BACKENDS, *GATEWAYS))
 
 
 @pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
@@ -254,7 +258,7 @@ def test_a_backend_and_then_its_sidecar_have_time_to_drain(scenario: str) -> Non
     assert pod["terminationGracePeriodSeconds"] > waits + drain_s
 
 
-@pytest.mark.parametrize("scenario", (*GUARDS, *BACKENDS))
+@pytest.mark.parametrize("scenario", (*GUARDS, *BACKENDS, *GATEWAYS))
 def test_whatever_selects_pods_selects_the_pods_of_its_scenario(scenario: str) -> None:
     scenario = f"scenarios/{scenario}"
     (template,) = pod_templates(scenario)

@@ -63,6 +63,12 @@ class Passing:
                 await asyncio.wait((task,), timeout=LEAVE_S)
                 task.cancel()
 
+    async def resume(self, message: pb.ProcessingRequest | None) -> None:
+        """From a message in the middle on, to the end of the stream."""
+        while message is not None:
+            await self._pass(message)
+            message = await self._read()
+
     async def _pass(self, message: pb.ProcessingRequest) -> None:
         match message.WhichOneof("request"):
             case "response_headers":

@@ -13,10 +13,9 @@ from guard_middleware.asgi import GuardMiddleware
 from guard_middleware.exchange import VERDICT_ID, forwarded
 from guard_middleware.ext_proc.modes import Modes
 from guard_middleware.ext_proc.sides import Write, side
-from guard_middleware.ext_proc.wire import Misled, headers_of, immediate
+from guard_middleware.ext_proc.wire import Misled, headers_of, immediate, status_of, wordless
 from guard_middleware.messages import Header, Message, Receive, Scope, Send
 from guard_middleware.relay import delivered
-from guard_middleware.strict_json import dump
 
 LOG = logging.getLogger(__name__)
 
@@ -118,14 +117,10 @@ class Screened:
         self._response.take_headers(headers, given.end_of_stream)
 
     async def _early(self, headers: list[Header]) -> None:
-        """A reply to a request that the backend has not got: Envoy's own (a body over its limit, a
-        timeout), or of a backend that does not wait. It is told without its words."""
-        status = _status(headers)
-        status = status if status >= 400 else 502
-        body = dump({"error": {"message": "The request was not completed.", "type": "gateway"}})
+        """A reply to a request that the backend has not got."""
         self._answered = True
         self._abandon()
-        await self._write(immediate(status, [(b"content-type", b"application/json")], body))
+        await self._write(wordless(status_of(headers)))
         self._gone.set()
         self._request.cut()
 
@@ -174,7 +169,7 @@ class Screened:
     async def _begin(self, start: Message, data: bytes) -> None:
         response = self._response
         came = bool(response.headers)
-        kept = came and start["status"] == _status(response.headers)
+        kept = came and start["status"] == status_of(response.headers)
         if kept and not (data and response.bodiless):
             await response.begin(_with_status(response.headers, start["headers"]))
             return
@@ -204,7 +199,7 @@ class Screened:
         if not response.headers:
             await _cancelled()
         headers = [one for one in response.headers if not one[0].startswith(b":")]
-        status = _status(response.headers)
+        status = status_of(response.headers)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         last = False
         while not last:
@@ -219,11 +214,6 @@ async def _cancelled() -> NoReturn:
     """Until the middleware cancels its application, since the client has left."""
     while True:
         await asyncio.Event().wait()
-
-
-def _status(headers: list[Header]) -> int:
-    told = next((value for key, value in headers if key == b":status"), b"")
-    return int(told) if told.isdigit() else 0
 
 
 def _with_status(old: list[Header], new: list[Header]) -> list[Header]:

@@ -16,7 +16,14 @@ from guard_middleware.bodies import has_body
 from guard_middleware.ext_proc.modes import OBSERVED, Modes, modes_of
 from guard_middleware.ext_proc.passing import Passing
 from guard_middleware.ext_proc.screened import Screened, backend
-from guard_middleware.ext_proc.wire import Misled, immediate, scope_of
+from guard_middleware.ext_proc.wire import (
+    Misled,
+    headers_of,
+    immediate,
+    scope_of,
+    status_of,
+    wordless,
+)
 from guard_middleware.formats.contract import Format
 from guard_middleware.guards import Guard
 from guard_middleware.messages import Scope
@@ -93,6 +100,9 @@ class Processor:
         first = await line.read()
         if first is None:
             return
+        if first.HasField("response_headers"):
+            await self._unasked(line, first)
+            return
         if not first.HasField("request_headers"):
             raise Misled("the request's headers did not come first: set request_header_mode SEND")
         modes = OBSERVED if first.observability_mode else modes_of(first)
@@ -116,6 +126,20 @@ class Processor:
             if not isinstance(found, Rule):
                 modes.demand()
             await Screened(self.middleware, modes, line.read, line.write).run(scope, bodiless)
+
+    async def _unasked(self, line: _Line, first: pb.ProcessingRequest) -> None:
+        """A reply to a request that we have not seen. Envoy's own are errors."""
+        headers = first.response_headers.headers
+        status = status_of(headers_of(headers))
+        if first.observability_mode or self.settings.mode == "shadow":
+            write = None if first.observability_mode else line.write
+            await Passing(modes_of(first), line.read, write).resume(first)
+        elif status < 400:
+            raise Misled("a reply came without its request: set request_header_mode SEND")
+        else:
+            await line.write(wordless(status))
+            while await line.read() is not None:
+                pass
 
     def _passes(self, found: Format | Rule, scope: Scope, bodiless: bool, modes: Modes) -> bool:
         """Whether nothing of an exchange is screened. Where a body is to be left out, it must come

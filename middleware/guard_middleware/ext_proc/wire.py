@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from guard_api.ext_proc.v3 import processing_pb2 as pb
 from guard_middleware.bodies import header
 from guard_middleware.messages import Header, Scope
+from guard_middleware.strict_json import dump
 
 # Between two neighbours on the wire, and Envoy's own: a change to these is none of ours.
 _FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
@@ -100,6 +101,20 @@ def immediate(status: int, headers: Iterable[Header], body: bytes) -> pb.Process
             details="guard",
         )
     )
+
+
+def status_of(headers: Iterable[Header]) -> int:
+    """A reply's status; 0 when it tells none."""
+    told = next((value for key, value in headers if key == b":status"), b"")
+    return int(told) if told.isdigit() else 0
+
+
+def wordless(status: int) -> pb.ProcessingResponse:
+    """In place of a reply to a request that the backend has not got: Envoy's own (a body over its
+    limit, a path that it refuses, a timeout), or of a backend that does not wait."""
+    body = dump({"error": {"message": "The request was not completed.", "type": "gateway"}})
+    kind = (b"content-type", b"application/json")
+    return immediate(status if status >= 400 else 502, [kind], body)
 
 
 class Words:

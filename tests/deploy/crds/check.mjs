@@ -4,6 +4,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import ts from "typescript";
 
 const PACKAGES = {
+  "gateway.envoyproxy.io": "@kubernetes-models/envoy-gateway",
   "gateway.networking.k8s.io": "@kubernetes-models/gateway-api",
   "monitoring.coreos.com": "@kubernetes-models/prometheus-operator",
 };

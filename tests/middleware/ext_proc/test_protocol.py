@@ -223,6 +223,17 @@ async def test_reply_to_a_request_that_nobody_got_is_told_without_its_words(
     assert answer.status.code == told_ and BAD.encode() not in answer.body
 
 
+async def test_reply_to_a_request_that_was_not_seen_goes_out_without_its_words() -> None:
+    wire = await told(reply_head("400"), reply_body(BAD.encode()))
+    assert wire.parts == ["immediate_response"]
+    assert wire.got[0].immediate_response.status.code == 400
+    wire = await told(reply_head("200"), reply_body(WHOLE))
+    assert wire.status is grpc.StatusCode.FAILED_PRECONDITION and wire.got == []
+    shadow = processor(mode="shadow")
+    wire = await told(reply_head("400"), reply_body(b"no"), by=shadow)
+    assert wire.status is None and wire.parts == ["response_headers", "response_body"]
+
+
 @every_mode
 async def test_stream_that_is_cut_ends_all_that_was_begun(mode: int) -> None:
     guard = FakeGuard()

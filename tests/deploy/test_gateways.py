@@ -103,6 +103,19 @@ def test_the_gateway_alone_reaches_processor_and_model() -> None:
         assert not reaches(held, model, target, port)
 
 
+def test_the_readme_shows_the_filter_that_is_tested() -> None:
+    text = (ROOT / "middleware/README.md").read_text()
+    (shown,) = (
+        yaml.safe_load(part.partition("```")[0])
+        for part in text.split("```yaml\n")[1:]
+        if "ExternalProcessor" in part.partition("```")[0]
+    )
+    config = yaml.safe_load((ROOT / "deploy/envoy/envoy.yaml").read_text())
+    (chain,) = config["static_resources"]["listeners"][0]["filter_chains"]
+    (manager,) = chain["filters"]
+    assert shown == [manager["typed_config"]["http_filters"][0]]
+
+
 @needs_envoy
 async def test_envoys_own_configuration_guards_a_backend(tmp_path: Path) -> None:
     """As it is, but for addresses."""

@@ -148,7 +148,7 @@ async def test_blocked_stream_ends_before_the_backend_does(tmp_path: Path) -> No
             await asked.wait()
             await over.wait()  # Envoy lets go of the backend, too
     assert got.events[-1]["choices"][0]["finish_reason"] == "content_filter"
-    assert got.text().endswith(REFUSAL) and SAFE.startswith(got.text().removesuffix(REFUSAL))
+    assert SAFE.startswith(got.text().removesuffix(REFUSAL))
 
 
 @every_mode

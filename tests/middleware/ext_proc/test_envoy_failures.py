@@ -191,7 +191,6 @@ async def test_body_over_envoys_own_limit_is_told_so(tmp_path: Path) -> None:
     setup = Setup(modes(BUFFERED), buffer_bytes=1024)
     async with stage(setup, tmp_path, backend) as running:
         got = await running.ask(PATH, asking("a" * 100_000))
-        assert await running.counted(gone=1)
     assert got.status == 413 and backend.bodies == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -45,7 +46,7 @@ class Breaking:
     @property
     def all(self) -> dict[str, Fault]:
         """Every fault by its name."""
-        return {
+        faults: dict[str, Fault] = {
             "guard killed": lambda: self._kill(FIRST),
             "upstream killed": lambda: self._kill(UPSTREAM),
             "guard hangs": lambda: self._hang((FIRST, SECOND, STARTER), (1.0, GUARD_TIMEOUT_S)),
@@ -59,6 +60,9 @@ class Breaking:
             "certificate renewed": self._renew_keys,
             "certificate spoiled": self._spoil_keys,
         }
+        if self._stage.files.disks.can_fill:
+            faults["disk of an audit log full"] = self._fill_disk
+        return faults
 
     async def go_on(self, names: Sequence[str] = ()) -> AsyncIterator[str]:
         """All of them again and again in ever new orders; nothing is broken where it yields, which
@@ -84,30 +88,32 @@ class Breaking:
 
     async def _renew_keys(self) -> None:
         """Explains nothing: no caller may notice."""
-        self._stage.keys.renew()
+        self._stage.files.keys.renew()
         port = int(self._stage.targets[STARTER].rpartition(":")[2])
-        await self._until(lambda: self._stage.keys.shown(port), "the new certificate is in use")
+        await self._until(
+            lambda: self._stage.files.keys.shown(port), "the new certificate is in use"
+        )
 
     async def _spoil_keys(self) -> None:
         """The last good one stays, then comes another."""
-        self._stage.keys.spoil()
+        self._stage.files.keys.spoil()
         await asyncio.sleep(2 * RELOAD_S)
         await self._renew_keys()
 
     async def _renew_policies(self) -> None:
         """New versions, on all guards; one is told by SIGHUP too. Explains nothing."""
-        self._stage.policies.renew()
+        self._stage.files.policies.renew()
         self._stage.processes[SECOND].signal(signal.SIGHUP)
         await self._until(self._policies_are_in_use, "the new policies are in use")
 
     async def _spoil_policies(self) -> None:
         """The last good ones stay, then come others."""
-        self._stage.policies.spoil()
+        self._stage.files.policies.spoil()
         await self._until(self._policies_are_refused, "guards tell of policies that are none")
         await self._renew_policies()
 
     async def _policies_are_in_use(self) -> bool:
-        version = f'version="{self._stage.policies.version}"'
+        version = f'version="{self._stage.files.policies.version}"'
         texts = await self._stage.metrics(GUARDS)
         return all(version in text and _FAILED not in text for text in texts)
 
@@ -116,22 +122,44 @@ class Breaking:
 
     async def _renew_model(self) -> None:
         """Another model beside the old one, then in its place. Explains nothing."""
-        self._stage.models.renew()
+        self._stage.files.models.renew()
         await self._until(self._model_is_in_use, "the new model judges")
 
     async def _spoil_model(self) -> None:
         """The last good one stays, then comes another."""
-        self._stage.models.spoil()
+        self._stage.files.models.spoil()
         await self._until(self._model_is_refused, "the guard tells of a model that is none")
         await self._renew_model()
 
     async def _model_is_in_use(self) -> bool:
         (text,) = await self._stage.metrics((STARTER,))
-        return self._stage.models.digest in text and _MODEL_FAILED not in text
+        return self._stage.files.models.digest in text and _MODEL_FAILED not in text
 
     async def _model_is_refused(self) -> bool:
         (text,) = await self._stage.metrics((STARTER,))
-        return _MODEL_FAILED in text and self._stage.models.digest in text
+        return _MODEL_FAILED in text and self._stage.files.models.digest in text
+
+    async def _fill_disk(self) -> None:
+        """The guard refuses what it cannot record, and goes on once it can."""
+        disks = self._stage.files.disks
+        self._faults.begin(SECOND)
+        disks.fill()
+        try:
+            await self._until(lambda: self._records("failed"), "a verdict cannot be recorded")
+        finally:
+            disks.free()
+        await self._until(lambda: self._records("written"), "verdicts are recorded again")
+        self._faults.end(SECOND)
+
+    async def _records(self, result: str) -> bool:
+        """Whether lines of the audit log end so while we look."""
+        counted = []
+        for _ in range(2):
+            (text,) = await self._stage.metrics((SECOND,))
+            found = re.search(rf'guard_audit_lines_total{{result="{result}"}} (\S+)', text)
+            counted.append(float(found[1]) if found else 0.0)
+            await asyncio.sleep(_LOOK_S)
+        return counted[1] > counted[0]
 
     async def _until(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
         """Wait for it; where it does not come about it counts as wrong."""

@@ -145,6 +145,7 @@ class Caller:
         return "verdict"
 
     async def _batch(self, guard: Guard) -> str:
+        began = now()
         asked = [self._ask(guard) for _ in range(self._draw.randrange(2, 9))]
         batch = guard_pb2.ClassifyBatchRequest(requests=[request for _, request in asked])
         reply = await guard.stub.ClassifyBatch(batch, timeout=DEADLINE_S)
@@ -157,7 +158,8 @@ class Caller:
                 self._ledger.ended[
                     f"item of a batch, {guard.name}", f"code {result.error.code}"
                 ] += 1
-                self._ledger.wrong("unexplained", f"item of a batch: {result.error.message}")
+                if not self._faults.explain((guard.name,), began):
+                    self._ledger.wrong("unexplained", f"item of a batch: {result.error.message}")
         self._same([result.verdict for result in reply.results if result.HasField("verdict")])
         return "verdict"
 

@@ -91,6 +91,7 @@ class Journaling(Servicer):
                 version=verdict.policy.version,
                 policy_digest=verdict.policy.digest,
                 model_digest=verdict.model.digest,
+                verdict_id=verdict.verdict_id,
             )
         )
 

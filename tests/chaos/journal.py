@@ -33,6 +33,7 @@ class Judged:
     version: str
     policy_digest: str
     model_digest: str
+    verdict_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ Wrong = Literal[
     "leaked",  # unsafe text that reached a client
     "unscreened",  # content that reached upstream or client without a verdict that allowed it
     "wrong",  # a verdict, a status or a text that is not the known one
+    "unrecorded",  # a verdict that was given and is not in the audit log, or a log that is broken
     "mixed",  # a verdict whose digests do not belong together
     "unexplained",  # no verdict, and nothing had been broken that would explain it
     "grown",  # memory or files of a process beyond the bound

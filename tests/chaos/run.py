@@ -20,9 +20,11 @@ from tests.chaos import report
 from tests.chaos.breaking import Breaking
 from tests.chaos.calls import Caller, Guard
 from tests.chaos.chats import Client
+from tests.chaos.files import Files
+from tests.chaos.journal import Journals
 from tests.chaos.ledger import Faults, Ledger
-from tests.chaos.stage import SIDECAR, STARTER, Stage, built
-from tests.chaos.truth import Policies, starter_knows
+from tests.chaos.stage import SECOND, SIDECAR, STARTER, Stage, built
+from tests.chaos.truth import Known, Policies, starter_knows
 
 _GRACE_S = 6.0  # in which callers find out that something is back: gRPC waits between its attempts
 _TELL_S = 10.0
@@ -117,7 +119,10 @@ async def _run(plan: Plan, folder: Path, prepare: Callable[[Stage], None]) -> re
     policies.renew()
     say("asking the starter guard what it is sure of")
     knows = await asyncio.to_thread(starter_knows, policies.folder)
-    stage = built(folder, policies)
+    files = Files.below(folder, policies)
+    if not files.disks.mount(SECOND):
+        say("no disk is filled: mounting a small one needs root")
+    stage = built(folder, files)
     prepare(stage)
     load = _Load(plan, stage, Faults(_GRACE_S))
     say("starting the processes")
@@ -125,12 +130,7 @@ async def _run(plan: Plan, folder: Path, prepare: Callable[[Stage], None]) -> re
         await stage.start()
         for process in stage.processes.values():
             await process.sample(report.START)
-        guards = [
-            Guard.at(name, target, knows, stage.keys.root, stage.models.digests.values())
-            if name == STARTER
-            else Guard.at(name, target)
-            for name, target in stage.targets.items()
-        ]
+        guards = [_guard(name, stage, knows) for name in stage.targets]
         load.began = time.monotonic()
         ended = await _loaded(load, guards)
         seconds = time.monotonic() - load.began
@@ -138,12 +138,21 @@ async def _run(plan: Plan, folder: Path, prepare: Callable[[Stage], None]) -> re
         await load.sample(report.END)
         for guard in guards:
             await guard.channel.close()
-    finally:
         codes = await stage.end()
-    _settle(load, codes)
+        _settle(load, codes)
+    finally:
+        await stage.end()
+        files.disks.close()
     return report.Run(
         plan.seed, seconds, ended, load.ledger, load.faults, list(stage.processes.values())
     )
+
+
+def _guard(name: str, stage: Stage, knows: Sequence[Known]) -> Guard:
+    target, files = stage.targets[name], stage.files
+    if name != STARTER:
+        return Guard.at(name, target)
+    return Guard.at(name, target, knows, files.keys.root, files.models.digests.values())
 
 
 async def _loaded(load: _Load, guards: Sequence[Guard]) -> str:
@@ -157,7 +166,7 @@ async def _loaded(load: _Load, guards: Sequence[Guard]) -> str:
     async with session as http, asyncio.TaskGroup() as group:
         for at in range(plan.callers):
             draw = random.Random(f"{plan.seed} caller {at}")
-            caller = Caller(load.ledger, load.faults, load.stage.policies, draw, cases)
+            caller = Caller(load.ledger, load.faults, load.stage.files.policies, draw, cases)
             group.create_task(load.asks(caller.call, guards, draw))
         for at in range(plan.clients):
             draw = random.Random(f"{plan.seed} client {at}")
@@ -179,8 +188,10 @@ async def _loaded(load: _Load, guards: Sequence[Guard]) -> str:
 def _settle(load: _Load, codes: dict[str, int]) -> None:
     """What can be told only when all is over."""
     ledger, stage = load.ledger, load.stage
-    versions = stage.policies.digests.items()
+    versions = stage.files.policies.digests.items()
     ledger.settle(stage.journals(), [(*version, digest) for version, digest in versions])
+    for name in stage.targets:
+        _hold_to_record(ledger, stage, name)
     for process in stage.processes.values():
         if words := report.grown(process):
             ledger.wrong("grown", words)
@@ -189,3 +200,16 @@ def _settle(load: _Load, codes: dict[str, int]) -> None:
     for name in (*stage.targets, SIDECAR):
         if codes[name]:
             ledger.wrong("wrong", f"{name} ended with exit code {codes[name]} when it was told to")
+
+
+def _hold_to_record(ledger: Ledger, stage: Stage, guard: str) -> None:
+    """Every verdict that a guard gave is in its audit log, which is whole."""
+    try:
+        recorded = stage.files.disks.recorded(guard)
+    except (OSError, ValueError) as broken:
+        ledger.wrong("unrecorded", f"the audit log of {guard}: {broken}")
+        return
+    given = Journals.read([stage.folder / f"{guard}.judged"], []).judged
+    for one in given:
+        if one.verdict_id not in recorded:
+            ledger.wrong("unrecorded", f"a verdict of {guard} that its audit log does not have")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.chats import Door
+from tests.chaos.files import Files
 from tests.chaos.journal import Journals
-from tests.chaos.keys import Keys
-from tests.chaos.models import Models
 from tests.chaos.processes import Process, free_ports
-from tests.chaos.truth import SHIELD, Policies
+from tests.chaos.truth import SHIELD
 from tests.chaos.upstream import ARRIVED
 
 GUARD_TIMEOUT_S = 4.0  # of sidecar and application, for one verdict
@@ -38,12 +37,10 @@ class Stage:
     """All of them. Guards have the starter model, or the fake engine that sees images."""
 
     folder: Path
-    policies: Policies
+    files: Files
     processes: dict[str, Process]
     targets: dict[str, str]  # of guards, for gRPC
     doors: tuple[Door, ...]
-    keys: Keys  # of the starter guard
-    models: Models  # of the starter guard
     admin: dict[str, int]  # ports that tell metrics
 
     async def start(self) -> None:
@@ -81,18 +78,15 @@ class Stage:
         return Journals.read(judged, [self.folder / f"{name}.arrived" for name in (UPSTREAM, APP)])
 
 
-def built(folder: Path, policies: Policies) -> Stage:
+def built(folder: Path, files: Files) -> Stage:
     """A stage whose processes have not been started; files go into the folder."""
     ports = dict(zip((STARTER, FIRST, SECOND, UPSTREAM, SIDECAR, APP), free_ports(6), strict=True))
     admin = dict(zip((STARTER, FIRST, SECOND, SIDECAR), free_ports(4), strict=True))
     admin[APP] = ports[APP]
-    keys, models = Keys(folder), Models(folder)
     targets = {name: f"127.0.0.1:{ports[name]}" for name in GUARDS}
     both = f"ipv4:{targets[FIRST]},{targets[SECOND]}"
     screens = {**_SCREENS, "guard": both}
-    made = [
-        _guard(name, folder, ports[name], admin[name], policies, keys, models) for name in GUARDS
-    ]
+    made = [_guard(name, folder, ports[name], admin[name], files) for name in GUARDS]
     made.append(_served(UPSTREAM, "alone", folder, ports[UPSTREAM], {}))
     flags = {
         "upstream": f"http://127.0.0.1:{ports[UPSTREAM]}",
@@ -109,26 +103,20 @@ def built(folder: Path, policies: Policies) -> Stage:
         Door(APP, ports[APP], (FIRST, SECOND)),
     )
     processes = {one.name: one for one in made}
-    return Stage(folder, policies, processes, targets, doors, keys, models, admin)
+    return Stage(folder, files, processes, targets, doors, admin)
 
 
-def _guard(
-    name: str, folder: Path, port: int, admin: int, policies: Policies, keys: Keys, models: Models
-) -> Process:
-    flags: dict[str, object] = {
-        "model": models.link if name == STARTER else "fake-vision",
+def _guard(name: str, folder: Path, port: int, admin: int, files: Files) -> Process:
+    flags = {
+        **files.flags(name, name == STARTER),
         "port": port,
         "metrics-port": admin,
-        "policies": policies.folder,
-        "default-policy": SHIELD,
         "threads": 1,
         "cache-entries": _CACHED,
         "session-bytes": 16 * 2**20,
         "kernel-plan": "stored",
         "reload-s": RELOAD_S,
     }
-    if name == STARTER:
-        flags |= {"tls-cert": keys.cert, "tls-key": keys.key}
     arguments = [str(folder / f"{name}.judged"), *_flags(flags)]
     return Process(name, "tests.chaos.guard", arguments, folder, ready_at(admin, "/readyz"))
 

@@ -1,5 +1,6 @@
 """A marker in everything that is sent is in nothing that is told: logs at level debug, gRPC's own
-among them, metrics, traces, error texts of every surface.
+among them, metrics, traces, audit lines, error texts of every
+surface.
 
 A caller's own `x-request-id` and `tracestate` are there to be found again, so they are not tried.
 """
@@ -63,6 +64,9 @@ async def everything(folder: Path) -> Told:
             await sent(told, processes, ports, folder)
         told.texts["traces"] = "\n".join(map(str, receiver.spans))
         assert receiver.services == {"guard-service", "guard-sidecar", "app"}
+    for name in ("guard", "strict"):
+        written = sorted((folder / f"{name}.audit").iterdir())
+        told.texts[f"audit log of {name}"] = "\n".join(one.read_text() for one in written)
     for name, process in processes.items():
         told.texts[f"log of {name}"] = process.log.read_text(errors="replace")
     told.arrived = upstream.marked
@@ -111,7 +115,7 @@ def started(
     guard = f"127.0.0.1:{ports['guard']}"
     service = ["--model", "fake-vision", "--port", str(ports["guard"]), "--log-level", "debug"]
     service += ["--metrics-port", str(ports["http"]), "--max-message-bytes", str(4 * 2**20)]
-    service.append("--tracing")
+    service += ["--tracing", *audited(folder, "guard")]
     sidecar = ["--upstream", upstream, "--listen", f"127.0.0.1:{ports['sidecar']}"]
     sidecar += ["--admin", f"127.0.0.1:{ports['admin']}", "--guard", guard, "--log-level", "debug"]
     sidecar += ["--tracing", "on"]
@@ -139,7 +143,15 @@ def strict(folder: Path, ports: dict[str, int]) -> list[str]:
     auth.write_text(json.dumps({"tenants": {"callers": {"tokens": tokens}}}))
     flags = {"model": "fake", "port": ports["strict"], "metrics-port": ports["strict http"]}
     flags |= {"auth": auth, "log-level": "debug"}
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [*words, *audited(folder, "strict")]
+
+
+def audited(folder: Path, name: str) -> list[str]:
+    """Flags of a guard that keeps an audit log, without payloads."""
+    key = folder / "audit.key"
+    key.write_text("5a" * 32)
+    return ["--audit", str(folder / f"{name}.audit"), "--audit-key", str(key)]
 
 
 def from_guardctl(guard: str, folder: Path) -> str:
@@ -180,6 +192,7 @@ def _ran(*arguments: str) -> str:
     [
         *("log of guard", "log of strict", "log of sidecar", "log of app"),
         *("metrics of guard", "metrics of strict", "metrics of sidecar", "metrics of app"),
+        *("audit log of guard", "audit log of strict"),
         *("errors of gRPC", "errors to strangers", "guardctl", "traces"),
     ],
 )
@@ -209,6 +222,7 @@ def test_marker_went_all_the_way(told: Told) -> None:
     """What is sent is sent, and what is told is told at level debug."""
     assert told.arrived > 100
     assert any(marks(raw.decode(errors="replace")) for _, raw in told.answers)
+    assert told.texts["audit log of guard"].count('"kind":"verdict"') > 100
     assert told.texts["log of guard"].count('"message": "call"') > 100
     assert told.texts["log of sidecar"].count("exchange ") > 100
     assert "using self-pipe" in told.texts["log of sidecar"].lower() or "selector" in (

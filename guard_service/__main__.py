@@ -20,11 +20,12 @@ from guard_service.artifact import ArtifactError
 from guard_service.config import FIELDS, TYPES, ConfigError, Loaded, Settings, load
 from guard_service.engines import Engine, EngineFailed, ModelCard
 from guard_service.errors import GuardServiceError
+from guard_service.hosted import engines_of
 from guard_service.live.policies import loaded_policies
 from guard_service.logs import FIELDS as LOG_FIELDS
 from guard_service.security import signatures
 from guard_service.security.auth_file import read_auth_file
-from guard_service.server import GuardServer, engines_of
+from guard_service.server import GuardServer
 
 LOG = logging.getLogger("guard_service")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130

@@ -28,9 +28,9 @@ from guard_service.live.candidates import Candidates
 from guard_service.matching import unsupported
 from guard_service.metrics import Metrics
 from guard_service.moderation import Judgement, Moderator, direction_of, for_policy
-from guard_service.noted import noted
 from guard_service.second import SecondGuard
 from guard_service.tracing import step
+from guard_service.tracing.noted import noted
 
 FIRST, SECOND = "first", "second"
 

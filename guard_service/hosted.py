@@ -1,19 +1,21 @@
-"""A model in this process: its engine, the queue before it, and its road to a verdict."""
+"""A model in this process: how it is opened, the queue before it, and its road to a verdict."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 
 from guard_policies.schema import Policy
 from guard_service.batcher import Batcher
 from guard_service.batcher import Limits as QueueLimits
 from guard_service.config import Settings
-from guard_service.engines import Engine, ModelCard
+from guard_service.engines import Engine, ModelCard, open_engine
 from guard_service.images.reading import image_reader
 from guard_service.matching import unsupported
 from guard_service.metrics import EngineMetrics, show_only
 from guard_service.moderation import Bounds, Moderator
+from guard_service.security.signatures import check_signed
 from guard_service.tracing import exemplar
 
 
@@ -107,3 +109,36 @@ class Hosted:
         metrics.queue_items.set_function(lambda: self.batcher.queued_items)
         metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
         metrics.session_bytes.set_function(lambda: self.engine.session_bytes)
+
+
+@contextmanager
+def engines_of(settings: Settings) -> Iterator[tuple[Engine, Engine | None]]:
+    """The models as set, the second only where one is to be in this process; closed on leaving.
+
+    Raises ArtifactError, EngineFailed or OSError.
+    """
+    with ExitStack() as stack:
+        first = stack.enter_context(closing(opened(settings, settings.model)))
+        second = None
+        if settings.second_model:
+            second = stack.enter_context(closing(opened(settings, settings.second_model)))
+        yield first, second
+
+
+def opened(settings: Settings, model: str, plan: str = "") -> Engine:
+    """A model by the other settings, and by another kernel plan than theirs where one is given.
+    Raises ArtifactError, EngineFailed or OSError."""
+    if settings.model_key is not None:
+        check_signed(model, settings.model_key)
+    return open_engine(
+        model,
+        settings.engine_threads,
+        session_bytes=settings.session_bytes,
+        plan=plan or settings.kernel_plan,
+        lanes=settings.engine_lanes,
+        prepared=settings.prepared_folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        image_cache_bytes=settings.image_cache_bytes,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from guard_service.config import Settings
-from guard_service.server import local_server
+from guard_service.local import local_server
 
 
 @pytest.fixture(scope="session", autouse=True)

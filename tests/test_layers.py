@@ -31,7 +31,7 @@ MAY_IMPORT = {
     # Loaded only where a middleware is told to have its guard in its own process.
     "guard_middleware.in_process": ("guard_service",),
     # One place sets up OpenTelemetry's SDK for the two commands that serve.
-    "guard_middleware.traces": ("guard_service.exporting", "guard_service.__version__"),
+    "guard_middleware.traces": ("guard_service.tracing.exporting", "guard_service.__version__"),
     # The student is distilled with the very prompts that serve it, and exported into the artifact
     # that is served; figures and limits are those that guardctl has for a running guard. Of the
     # server itself the pipeline knows nothing.
@@ -136,7 +136,10 @@ except SystemExit:
             ("onnxruntime", "tokenizers", "numpy", "PIL", "typer", "rich", *HEAVY),
         ),
         # What a sidecar that traces loads besides.
-        ("import guard_service.exporting", ("onnxruntime", "tokenizers", "numpy", "PIL", *HEAVY)),
+        (
+            "import guard_service.tracing.exporting",
+            ("onnxruntime", "tokenizers", "numpy", "PIL", *HEAVY),
+        ),
         ("import guard_service.__main__", HEAVY),
         # What decodes and fetches images is loaded by the processes and policies that do so.
         ("import guard_service.server, guard_service.engines.onnx", (*HEAVY, "PIL", "aiohttp")),

@@ -98,7 +98,7 @@ def guard_here(model: str, policies: tuple[Path, ...], **knobs: Any) -> Iterator
     from guard_service.config import Settings
     from guard_service.engines import EngineFailed
     from guard_service.errors import GuardServiceError
-    from guard_service.server import local_server
+    from guard_service.local import local_server
 
     try:
         settings = Settings(

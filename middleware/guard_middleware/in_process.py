@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from guard_middleware.tracing import Tracing
 from guard_service.config import MIB, Settings
-from guard_service.server import local_server
+from guard_service.local import local_server
 from guard_service.tracing import Traces
 
 MESSAGE_BYTES = 64 * MIB  # images; nothing crosses a network
@@ -22,6 +22,6 @@ def _traces(tracing: Tracing | None) -> Traces | None:
     """Spans of the guard go where those of the middleware go, whose owner ends it."""
     if tracing is None:
         return None
-    from guard_service.spans import Spans
+    from guard_service.tracing.spans import Spans
 
     return Traces(Spans(tracing.provider, "unix:"), lambda: None)

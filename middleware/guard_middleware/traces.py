@@ -19,7 +19,8 @@ def traces(settings: Settings, command: str) -> TracerProvider | None:
     if settings.tracing == "off":
         return None
     try:
-        from guard_service import __version__, exporting
+        from guard_service import __version__
+        from guard_service.tracing import exporting
     except ModuleNotFoundError as missing:
         raise without_opentelemetry(missing) from missing
     for result in ("sent", "failed"):
@@ -34,6 +35,6 @@ def traces(settings: Settings, command: str) -> TracerProvider | None:
 async def end(provider: TracerProvider | None) -> None:
     """Send what is left."""
     if provider is not None:
-        from guard_service import exporting
+        from guard_service.tracing import exporting
 
         await asyncio.to_thread(exporting.end, provider)

@@ -15,7 +15,7 @@ import pytest
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc, verdict_pb2
 from guard_service.config import Settings
-from guard_service.server import local_server
+from guard_service.local import local_server
 from tests.chaos import report
 from tests.chaos.calls import Caller, Guard
 from tests.chaos.chats import Client, Door

@@ -18,7 +18,7 @@ from PIL import Image
 from guard_api.v1 import guard_pb2, guard_pb2_grpc, verdict_pb2
 from guard_policies.loader import load_policies
 from guard_service.config import Settings
-from guard_service.server import local_server
+from guard_service.local import local_server
 from tests.chaos.script import UNSAFE_WORD
 
 SHIELD, ADVICE = "chaos-shield", "chaos-advice"  # the policies; see `policy_text`

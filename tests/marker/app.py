@@ -11,7 +11,7 @@ from guard_middleware import GuardMiddleware
 from guard_middleware.formats.contract import Answer
 from guard_middleware.messages import Receive, Scope, Send, answer
 from guard_middleware.proxy import Proxy
-from guard_service.exporting import end, provider
+from guard_service.tracing.exporting import end, provider
 from tests.marker.upstream import ADDRESS
 
 logging.basicConfig(level="DEBUG", format="%(message)s")

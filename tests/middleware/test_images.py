@@ -20,7 +20,7 @@ from guard_middleware.sidecar import Places, Sidecar
 from guard_middleware.verdict import Outcome
 from guard_service.config import Settings as ServiceSettings
 from guard_service.images.fetch import Fetcher
-from guard_service.server import local_server
+from guard_service.local import local_server
 from tests.middleware.asgi_calls import EVENTS, Backend, call, each, listening
 from tests.middleware.formats.openai_replies import chunks, reply
 from tests.middleware.wrapped import BAD, Wrapped

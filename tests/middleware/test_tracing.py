@@ -22,7 +22,7 @@ from guard_middleware.metrics import Metrics, shared
 from guard_middleware.settings import Settings, SettingsError
 from guard_middleware.sidecar import Places, Sidecar
 from guard_service.config import Settings as ServiceSettings
-from guard_service.server import local_server
+from guard_service.local import local_server
 from tests.middleware.asgi_calls import EVENTS, Backend, call, each, listening
 from tests.middleware.formats.openai_replies import asking, chunks, reply
 from tests.service.asking import until

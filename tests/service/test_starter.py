@@ -15,7 +15,7 @@ from guard_policies.taxonomy import LLAMA_GUARD_3
 from guard_service.config import Settings
 from guard_service.conversation import Conversation
 from guard_service.engines import Engine, open_engine
-from guard_service.server import local_server
+from guard_service.local import local_server
 
 FOLDER = Path(str(resources.files("guard_service"))) / "models" / "starter"
 SHARED = Path(__file__).parents[3] / "shared" / "data"

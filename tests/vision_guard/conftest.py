@@ -11,7 +11,7 @@ import pytest
 
 from guard_api.v1 import guard_pb2_grpc
 from guard_service.config import Settings
-from guard_service.server import local_server
+from guard_service.local import local_server
 from tests.vision_guard.examples import Examples
 from tests.vision_guard.learning import fingerprint, train
 

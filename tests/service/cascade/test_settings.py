@@ -11,7 +11,9 @@ from guard_policies.loader import builtin_policies
 from guard_service.artifact import ArtifactError
 from guard_service.config import ConfigError, Settings
 from guard_service.engines import EngineFailed
-from guard_service.server import GuardServer, engines_of, local_server
+from guard_service.hosted import engines_of
+from guard_service.local import local_server
+from guard_service.server import GuardServer
 from tests.service.cascade.guards import LARGE, SMALL, Told
 
 POLICY = "name: tiered\nversion: '1'\ncascade: {band: [0, 1]}\n"

@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.serialization import (
 from guard_service.__main__ import main
 from guard_service.artifact import MANIFEST_FILE, SIGNATURE_FILE, ArtifactError
 from guard_service.config import Settings
+from guard_service.hosted import opened
 from guard_service.manifest import File
 from guard_service.pulled import PULLED_FILE, Pulled, damage, read_pulled, sha256_of
 from guard_service.security.signatures import check_signed, sign
-from guard_service.server import opened
 from tests.service.tiny_artifact import tiny_artifact
 
 OURS, THEIRS = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()

@@ -14,7 +14,7 @@ from guard_api.v1 import guard_pb2, verdict_pb2
 from guard_service.config import Settings
 from guard_service.conversation import Picture
 from guard_service.engines.torch.engine import TorchEngine
-from guard_service.server import engines_of
+from guard_service.hosted import engines_of
 from tests.service.asking import asked, message, refused
 from tests.service.conftest import RunGuard
 from tests.service.images.drawing import BLUE, RED, encoded, image

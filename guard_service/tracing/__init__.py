@@ -1,6 +1,6 @@
 """Traces: the span that a task works for, its steps, and what is told of verdicts; no content.
 
-Nothing here needs OpenTelemetry to be installed: `guard_service.spans` does. While no call is
+Nothing here needs OpenTelemetry to be installed: `tracing.spans` does. While no call is
 traced, each hook costs one look into a context variable.
 """
 

@@ -35,7 +35,7 @@ class TlsFiles:
         if stamps == self._stamps:
             return False
         try:
-            self._check()
+            self.check()
         except (OSError, ValueError) as error:  # half written: looked at again
             LOG.warning("new TLS files cannot be used: %s", error)
             return False
@@ -45,7 +45,7 @@ class TlsFiles:
     def _now(self) -> list[object]:
         return [_stamp(path) for path in self._paths]
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raises OSError or ValueError for files that are cut off or do not belong together."""
         assert self._tls is not None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     place.add_argument("--admin", help="where /livez, /readyz, /metrics listen (127.0.0.1:9091)")
     place.add_argument("--drain-s", type=float, help="time to finish at the end, in seconds (25)")
     place.add_argument("--exchanges", type=int, help="at most so many at once (4096)")
+    place.add_argument("--tls-certificate", metavar="FILE", help="PEM file: listen by TLS")
+    place.add_argument("--tls-key", metavar="FILE", help="PEM file of its key")
+    place.add_argument("--tls-clients", metavar="FILE", help="roots of who may connect; empty: all")
     add_log_level(place)
     add_settings(made)
     return made

@@ -9,6 +9,7 @@ from guard_api.ext_proc.v3 import processing_pb2 as pb
 from guard_middleware.ext_proc.modes import BUFFERED, Modes
 from guard_middleware.ext_proc.sides import MOST_CHUNKS
 from guard_middleware.ext_proc.wire import headers_of
+from guard_middleware.failures import log_failure
 from guard_middleware.messages import Message, Receive, Scope, Send
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Heard:
             while not queue.empty():
                 queue.get_nowait()
         if not listener.cancelled() and (failure := listener.exception()):
-            LOG.error("a copy could not be screened", exc_info=failure)
+            log_failure(LOG, "a copy could not be screened", failure)
 
     async def take(self, message: pb.ProcessingRequest) -> None:
         """Hear a message that passed."""

@@ -12,6 +12,7 @@ from grpc_health.v1.health import aio as health
 
 from guard_middleware.admin import Admin, readiness
 from guard_middleware.ext_proc.service import SERVICE, Processor
+from guard_middleware.ext_proc.tls import credentials
 from guard_middleware.formats.contract import Answer
 from guard_middleware.guards import Guard
 from guard_middleware.metrics import Metrics
@@ -24,12 +25,21 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where a processor listens: "host:port" or "unix:/path"."""
+    """Where a processor listens: "host:port" or "unix:/path"; PEM files where it does so by TLS."""
 
     listen: str = "127.0.0.1:9002"
     admin: str = "127.0.0.1:9091"
     drain_s: float = 25.0
     exchanges: int = 4096
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_clients: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate, tls_key: one needs the other")
+        if self.tls_clients and not self.tls_certificate:
+            raise ValueError("tls_clients: needs tls_certificate and tls_key")
 
 
 class Server:
@@ -42,14 +52,19 @@ class Server:
         guard: Guard | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        """With the guard that the settings name, or another. Raises SettingsError, and ValueError
-        for places that are none."""
+        """With the guard that the settings name, or another. Raises SettingsError, ValueError for
+        places that are none, and OSError for files that cannot be read."""
         self._traces = traces(settings, "guard-ext-proc")
         self.processor = Processor(settings, guard, metrics, self._traces)
         self.started = asyncio.Event()
         self.port = 0  # that it listens on
         self._places = places
         self._stop = asyncio.Event()
+        self._credentials = (
+            credentials(places.tls_certificate, places.tls_key, places.tls_clients)
+            if places.tls_certificate
+            else None
+        )
         self.admin = Admin(places.admin, self._readiness).server
 
     def stop(self) -> None:
@@ -69,7 +84,10 @@ class Server:
         server = self._made()
         alive = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(alive, server)
-        self.port = server.add_insecure_port(self._places.listen)
+        if self._credentials is None:
+            self.port = server.add_insecure_port(self._places.listen)
+        else:
+            self.port = server.add_secure_port(self._places.listen, self._credentials)
         await server.start()
         for name in ("", SERVICE):
             await alive.set(name, _SERVING)

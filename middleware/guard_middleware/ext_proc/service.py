@@ -24,6 +24,7 @@ from guard_middleware.ext_proc.wire import (
     status_of,
     wordless,
 )
+from guard_middleware.failures import log_failure
 from guard_middleware.formats.contract import Format
 from guard_middleware.guards import Guard
 from guard_middleware.messages import Scope
@@ -87,8 +88,8 @@ class Processor:
         except Misled as wrong:
             self._warn(str(wrong))
             await wire.abort(grpc.StatusCode.FAILED_PRECONDITION, str(wrong))
-        except Exception:
-            LOG.exception("an exchange failed")
+        except Exception as failure:
+            log_failure(LOG, "an exchange failed", failure)
             await wire.abort(grpc.StatusCode.INTERNAL, "the exchange failed")
 
     async def close(self) -> None:

@@ -72,6 +72,7 @@ class Setup:
     buffer_bytes: int = 2**20
     drain_s: float = 25.0
     keeps_connections: bool = True  # to the backend
+    lingers: str = "1s"  # with a connection that it closes
     backend: str = ""  # http://host:port of one that is no application
 
 
@@ -92,6 +93,7 @@ def bootstrap(setup: Setup, folder: Path, backend: str) -> dict[str, Any]:
         "@type": "type.googleapis.com/envoy.extensions.filters.network."
         "http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "test",
+        "delayed_close_timeout": setup.lingers,
         "codec_type": "AUTO",
         "http_protocol_options": {"enable_trailers": True},
         "normalize_path": True,

@@ -16,10 +16,12 @@ from prometheus_client import CollectorRegistry
 from guard_middleware.ext_proc.__main__ import main
 from guard_middleware.ext_proc.server import Places, Server
 from guard_middleware.ext_proc.service import SERVICE
+from guard_middleware.ext_proc.tls import credentials
 from guard_middleware.metrics import Metrics
 from guard_middleware.settings import Settings
 from guard_middleware.testing import FakeGuard
 from tests.middleware.ext_proc.real_envoy import serving
+from tests.middleware.test_client import certificate
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -106,6 +108,61 @@ def test_mistakes_are_told_at_the_start(
 ) -> None:
     assert main(flags) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_tls_files_are_told_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cert, key = certificate(tmp_path, "server")
+    for flags, problem in (
+        (["--tls-certificate", str(cert)], "tls_key"),
+        (["--tls-clients", str(cert)], "tls_certificate"),
+        (["--tls-certificate", str(cert), "--tls-key", str(tmp_path / "none")], "No such file"),
+        (["--tls-certificate", str(key), "--tls-key", str(key)], "wrong"),
+    ):
+        assert main(flags) == 2
+        assert problem in capsys.readouterr().err
+
+
+async def test_tls_is_renewed_and_asks_for_clients_certificates(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "server")
+    own, own_key = certificate(tmp_path, "client")
+    made = grpc.aio.server()
+    port = made.add_secure_port(
+        "localhost:0", credentials(str(cert), str(key), str(own), look_s=0.0)
+    )
+    await made.start()
+    try:
+        assert await connects(port, cert, own, own_key)
+        assert not await connects(port, cert)
+        first = cert.rename(tmp_path / "first.pem")
+        cert.write_text("half wri")
+        assert await connects(port, first, own, own_key)
+        renewed, renewed_key = certificate(tmp_path, "renewed")
+        key.write_bytes(renewed_key.read_bytes())
+        cert.write_bytes(renewed.read_bytes())
+        assert await connects(port, renewed, own, own_key)
+        assert not await connects(port, first, own, own_key)
+    finally:
+        await made.stop(None)
+
+
+async def connects(
+    port: int, roots: Path, own: Path | None = None, own_key: Path | None = None
+) -> bool:
+    """Whether a client that trusts these roots is let in: it is told that there is nothing."""
+    trusted = grpc.ssl_channel_credentials(
+        roots.read_bytes(),
+        own_key.read_bytes() if own_key else None,
+        own.read_bytes() if own else None,
+    )
+    alone = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.secure_channel(f"localhost:{port}", trusted, alone) as channel:
+        try:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.UNIMPLEMENTED
+    return False
 
 
 def test_place_that_is_taken_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

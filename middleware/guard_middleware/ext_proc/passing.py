@@ -7,20 +7,15 @@ What is not guarded passes; so does everything in shadow mode, and what Envoy on
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable
 
 from guard_api.ext_proc.v3 import processing_pb2 as pb
 from guard_middleware.asgi import GuardMiddleware
 from guard_middleware.ext_proc.heard import Heard
 from guard_middleware.ext_proc.modes import DUPLEX, NOTHING_MORE, Modes
 from guard_middleware.ext_proc.screened import EXCHANGE, LEAVE_S
-from guard_middleware.ext_proc.sides import Write
+from guard_middleware.ext_proc.sides import Read, Write
 from guard_middleware.ext_proc.wire import Misled, Words
 from guard_middleware.messages import Message, Scope
-
-LOG = logging.getLogger(__name__)
-Read = Callable[[], Awaitable[pb.ProcessingRequest | None]]
 
 
 class Passing:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
-from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
 from guard_api.ext_proc.v3 import processing_pb2 as pb
 from guard_middleware.asgi import GuardMiddleware
 from guard_middleware.exchange import VERDICT_ID, forwarded
 from guard_middleware.ext_proc.modes import Modes
-from guard_middleware.ext_proc.sides import Write, side
+from guard_middleware.ext_proc.sides import Read, Write, side
 from guard_middleware.ext_proc.wire import Misled, headers_of, immediate, status_of, wordless
 from guard_middleware.messages import Header, Message, Receive, Scope, Send
 from guard_middleware.relay import delivered
 
-LOG = logging.getLogger(__name__)
-
 EXCHANGE = "guard_middleware.ext_proc"  # in a scope: the exchange that its application is part of
-LEAVE_S = 5.0
-Read = Callable[[], Awaitable[pb.ProcessingRequest | None]]
+LEAVE_S = 5.0  # for the middleware to end what it began, when Envoy has ended the exchange
 
 
 async def backend(scope: Scope, receive: Receive, send: Send) -> None:

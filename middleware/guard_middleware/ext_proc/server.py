@@ -110,6 +110,8 @@ class Server:
             ("grpc.max_receive_message_length", most),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", 60_000),  # an Envoy that is gone without a word
+            ("grpc.keepalive_permit_without_calls", 1),
         ]
         handlers = [self.processor.handler()]
         exchanges = self._places.exchanges

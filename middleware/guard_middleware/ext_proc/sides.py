@@ -14,6 +14,7 @@ from guard_middleware.ext_proc.modes import BUFFERED, DUPLEX, Mode
 from guard_middleware.ext_proc.wire import Misled, Words, mutation, without_all
 from guard_middleware.messages import Header
 
+Read = Callable[[], Awaitable[pb.ProcessingRequest | None]]
 Write = Callable[[pb.ProcessingResponse], Awaitable[None]]
 Early = Callable[[Sequence[Header]], Sequence[Header]]
 

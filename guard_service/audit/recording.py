@@ -162,9 +162,11 @@ class _AuditedJudge(Judge):
         except GuardServiceError as error:
             await self._audit.unjudged(question, error)
             raise
-        seen = Question(judgement.conversation, policy, language, no_cache, as_second, stream, step)
+        # What decided may be a candidate for the policy's place, and is what a replay has to name.
+        decided, seen = judgement.policy, judgement.conversation
+        question = Question(seen, decided, language, no_cache, as_second, stream, step)
         try:
-            await self._audit.judged(seen, judgement)
+            await self._audit.judged(question, judgement)
         except NotRecorded as error:
             error.recorded = True
             raise for_policy(error, policy, direction_of(conversation)) from None

@@ -112,7 +112,7 @@ class ModelFiles:
         """With the kernel plan of before, which need not be measured while calls are served; where
         the new model has no such, with the one that is set."""
         plan = before.card.plan or self._settings.kernel_plan
-        check_room(named_folder(model), plan)
+        check_room(named_folder(model), plan, self._settings.weights)
         try:
             return self._open(model, plan)
         except EngineFailed:

@@ -64,6 +64,16 @@ async def test_a_verdict_is_on_the_disk_before_it_is_given(
     assert line["tokens"]["computed"] == verdict.timing.computed_tokens
 
 
+async def test_the_policy_of_a_line_is_the_one_that_decided(
+    run_guard: RunGuard, logged: dict[str, Any]
+) -> None:
+    candidate = "name: next\nversion: '2'\ncandidate: {for: default, share: 100}\n"
+    guard = await run_guard(policies=(candidate,), **logged)
+    verdict = (await guard.stub.Classify(asked(BOMB))).verdict
+    (line,) = said(logged)
+    assert line["policy"]["name"] == verdict.policy.name == "next"
+
+
 async def test_answers_from_the_cache_have_their_line_too(
     run_guard: RunGuard, logged: dict[str, Any]
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -229,15 +231,34 @@ def test_memory_is_asked_for_before_a_model_is_loaded(tmp_path: Path) -> None:
     with open(tmp_path / "model.data", "wb") as file:
         file.truncate(100 * 2**20)
     (tmp_path / "guard.json").touch()
-    check_room(tmp_path, "stored", 151 * 2**20)
+    check_room(tmp_path, "stored", "stored", 151 * 2**20)
     with pytest.raises(NoRoom, match="may take 350 MiB to load and 151 MiB are free"):
-        check_room(tmp_path, "int8", 151 * 2**20)
+        check_room(tmp_path, "int8", "stored", 151 * 2**20)
+
+
+def test_a_checkpoint_beside_one_on_a_gpu_needs_room_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(100 * 2**20)
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        mem_get_info=lambda: (80 * 2**20, 1000 * 2**20),
+        memory_reserved=lambda: 50 * 2**20,
+        memory_allocated=lambda: 30 * 2**20,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    check_room(tmp_path, "", "int8", 0)
+    with pytest.raises(NoRoom, match="may take 114 MiB to load and 100 MiB are free"):
+        check_room(tmp_path, "", "stored", 2**40)
 
 
 async def test_without_room_nothing_is_loaded(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(models, "check_room", lambda folder, plan: check_room(folder, plan, 0))
+    monkeypatch.setattr(
+        models, "check_room", lambda folder, plan, weights: check_room(folder, plan, weights, 0)
+    )
     with caplog.at_level(logging.ERROR):
         await served.becomes("new")
     assert list((await served.reloads()).problems) == ["NoRoom"]

@@ -146,7 +146,7 @@ class Cascade:
         why = Why.IMAGE if terms.images and _has_image(asked.conversation) else None
         if why is None:
             first = await self._by_first(asked)
-            why = sent_up(terms, first.found)
+            why = sent_up(terms, first.found, first.built.direction)
             if why is None:
                 return _told(first, FIRST, Why.OUTSIDE_BAND)
         try:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from guard_policies.assessment import Direction
 from guard_service.cli import exits
-from guard_service.evaluation.cascade import Fit, Point, fit_band
+from guard_service.evaluation.cascade import Fit, Point, fit_band, sent
 from guard_service.evaluation.figures import wilson
 from guard_service.evaluation.report import digest, labels_of, write_new
 from guard_service.evaluation.rows import DataError, LabelledRow, data_files, read_rows
@@ -60,13 +62,8 @@ def fitted(what: What) -> dict[str, Any]:
     both = [at for at in first.judged() if at not in second.failures]
     kept = [rows[at] for at in both]
     first, second = first.take(both), second.take(both)
-    fit = fit_band(
-        labels_of(kept),
-        first.unsafe,
-        first.verdicts(None),
-        second.verdicts(None),
-        what.tolerance,
-    )
+    fit = _fit(kept, first, second, what.tolerance)
+    fits = _by_direction(kept, first, second, what.tolerance)
     return {
         "format": FORMAT,
         "data": {"rows": len(kept), "digest": digest(kept), "not_judged": len(rows) - len(kept)},
@@ -76,7 +73,57 @@ def fitted(what: What) -> dict[str, Any]:
         },
         "tolerance": what.tolerance,
         **_told(fit, kept),
+        "directions": {
+            way.value: _told(one, [row for row in kept if row.direction is way])
+            for way, one in fits.items()
+        },
+        "languages": _by_language(kept, first, second, fits),
     }
+
+
+def _fit(rows: list[LabelledRow], first: Scores, second: Scores, tolerance: float) -> Fit:
+    verdicts = first.verdicts(None), second.verdicts(None)
+    return fit_band(labels_of(rows), first.unsafe, *verdicts, tolerance)
+
+
+def _by_direction(
+    rows: list[LabelledRow], first: Scores, second: Scores, tolerance: float
+) -> dict[Direction, Fit]:
+    """A fit for each direction that has safe and unsafe rows."""
+    fits = {}
+    for way in Direction:
+        own = [at for at, row in enumerate(rows) if row.direction is way]
+        kept = [rows[at] for at in own]
+        if len({row.unsafe for row in kept}) == 2:
+            fits[way] = _fit(kept, first.take(own), second.take(own), tolerance)
+    return fits
+
+
+def _by_language(
+    rows: list[LabelledRow], first: Scores, second: Scores, fits: Mapping[Direction, Fit]
+) -> list[dict[str, Any]]:
+    """For each direction and language, what the direction's band comes to: nothing is fitted to a
+    language, whose rows are few."""
+    labels, verdicts = labels_of(rows), (first.verdicts(None), second.verdicts(None))
+    found = []
+    for way, fit in fits.items():
+        up = sent(first.unsafe, fit.chosen.band)
+        cascade = np.where(up, verdicts[1], verdicts[0])
+        for language in sorted({row.language for row in rows if row.direction is way}):
+            here = np.array([row.direction is way and row.language == language for row in rows])
+            unsafe, safe = here & labels, here & ~labels
+            one: dict[str, Any] = {"direction": way.value, "language": language}
+            one |= {"rows": int(here.sum()), "sent": float(up[here].mean())}
+            for who, fired in zip(
+                ("first", "second", "cascade"), (*verdicts, cascade), strict=True
+            ):
+                recall = float(fired[unsafe].mean()) if unsafe.any() else None
+                one[who] = {
+                    "recall": recall,
+                    "fpr": float(fired[safe].mean()) if safe.any() else None,
+                }
+            found.append(one)
+    return found
 
 
 def _check_judges(what: What, first: Scores, second: Scores) -> None:
@@ -124,15 +171,44 @@ def show(report: Mapping[str, Any]) -> None:
         to.print(printable(f"{tier}: {names}"))
     to.print(_alone_and_together(report))
     to.print(_curve(report["curve"]))
-    if report["cascade"]["band"] is None:
+    if len(report["directions"]) > 1:
+        for way, fit in report["directions"].items():
+            to.print(_alone_and_together(fit, f"{way.capitalize()}s alone and together"))
+    if len(report["languages"]) > 1:
+        to.print(_languages(report["languages"]))
+    if (band := _for_policy(report)) is None:
         to.print("the first guard is as good as the second on these rows: no band is needed")
         return
     to.print("for the policy; measure it on rows that it was not fitted to:")
-    to.print(f"cascade:\n  band: {list(report['cascade']['band'])}")
+    to.print(f"cascade:\n  band: {band}")
 
 
-def _alone_and_together(report: Mapping[str, Any]) -> Table:
-    title = f"Alone and together, band {_band(report['cascade'])}"
+def _for_policy(report: Mapping[str, Any]) -> str | None:
+    """The band, or one for each direction where there are rows of both; None: none is needed."""
+    fits = {way: fit["cascade"]["band"] for way, fit in report["directions"].items()}
+    if len(fits) < 2:
+        band = report["cascade"]["band"]
+        return str(list(band)) if band else None
+    bands = ", ".join(f"{way}: {list(band)}" for way, band in fits.items() if band)
+    return f"{{{bands}}}" if bands else None
+
+
+def _languages(found: list[Mapping[str, Any]]) -> Table:
+    columns = ("rows", "sent up", *(f"{who} recall, FPR" for who in ("first", "second", "cascade")))
+    table = _table("By direction and language, each with its direction's band", *columns)
+    for one in found:
+        cells = [_pair(one[who]) for who in ("first", "second", "cascade")]
+        name = f"{one['direction']} {one['language']}"
+        table.add_row(printable(name), str(one["rows"]), f"{one['sent']:.1%}", *cells)
+    return table
+
+
+def _pair(figures: Mapping[str, float | None]) -> str:
+    return ", ".join("-" if one is None else f"{one:.3f}" for one in figures.values())
+
+
+def _alone_and_together(report: Mapping[str, Any], title: str = "Alone and together") -> Table:
+    title = f"{title}, band {_band(report['cascade'])}"
     table = _table(title, "sent up", "recall", "95 %", "FPR", "95 %", "agree")
     for name in ("first", "second", "cascade"):
         point = report[name]

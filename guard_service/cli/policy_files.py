@@ -103,8 +103,9 @@ def _lines(policy: Policy) -> Iterator[str]:
 
 def _cascade_line(cascade: Cascade) -> str:
     when = [f"from {score:g} of {code}" for code, score in cascade.categories.items()]
-    if cascade.band is not None:
-        when.insert(0, f"from {cascade.band[0]:g} to {cascade.band[1]:g}")
+    spans = {way: f"from {low:g} to {high:g}" for way, (low, high) in cascade.bands.items()}
+    alike = len(spans) == len(Direction) and len(set(spans.values())) == 1
+    when[:0] = set(spans.values()) if alike else [f"{s} ({w.value})" for w, s in spans.items()]
     if cascade.images:
         when.append("wherever there is an image")
     return (

@@ -14,6 +14,9 @@ _EDGES = 300  # of bands that are tried; 45,000 bands
 _POINTS = 20  # of the curve that are told
 
 
+Band = tuple[float, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A band and what the two guards come to with it; None: the first decides alone.
@@ -22,11 +25,18 @@ class Point:
     is the second's, asked or not.
     """
 
-    band: tuple[float, float] | None
+    band: Band | None
     sent: float
     recall: float
     fpr: float
     agreement: float
+
+
+def sent(scores: Floats, band: Band | None) -> Bools:
+    """Which rows a band sends up."""
+    if band is None:
+        return np.zeros(len(scores), bool)
+    return (scores >= band[0]) & (scores <= band[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ def fit_band(labels: Bools, scores: Floats, first: Bools, second: Bools, toleran
 
 def _bands(
     labels: Bools, scores: Floats, first: Bools, second: Bools
-) -> tuple[list[tuple[float, float] | None], Ints]:
+) -> tuple[list[Band | None], Ints]:
     """Bands, the empty one first, and of the rows in each what `_Points` counts [bands, 6]."""
     unique, which = np.unique(scores, return_inverse=True)
     counted = np.stack(
@@ -118,7 +128,7 @@ class _Points:
 
     def __init__(
         self,
-        bands: Sequence[tuple[float, float] | None],
+        bands: Sequence[Band | None],
         inside: Ints,
         labels: Bools,
         first: Bools,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
+from guard_policies.assessment import Direction
 from guard_policies.decide import Decision
 from guard_policies.schema import Cascade
 
@@ -20,7 +21,7 @@ class Why(Enum):
     POLICY_IS_OFF = "POLICY_IS_OFF"  # first: the policy judges nothing in this direction
 
 
-def sent_up(cascade: Cascade, decisions: Iterable[Decision]) -> Why | None:
+def sent_up(cascade: Cascade, decisions: Iterable[Decision], direction: Direction) -> Why | None:
     """Why the second guard must decide after what the first made of a text; None: it need not.
 
     `decisions` holds one for each window of the text: one that must go up takes the whole along.
@@ -28,8 +29,8 @@ def sent_up(cascade: Cascade, decisions: Iterable[Decision]) -> Why | None:
     found = tuple(decisions)
     if any(_has_category(cascade, decision) for decision in found):
         return Why.CATEGORY
-    if cascade.band is not None:
-        low, high = cascade.band
+    if (band := cascade.bands.get(direction)) is not None:
+        low, high = band
         if any(low <= decision.unsafe_score <= high for decision in found):
             return Why.IN_BAND
     return None

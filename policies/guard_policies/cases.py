@@ -121,7 +121,7 @@ def _found(case: Case) -> dict[str, Any]:
         return found
     decision = decide(policy, case.assessment, direction, case.language, case.unscannable)
     shadow = decision.shadow_action
-    why = sent_up(policy.cascade, [decision]) if policy.cascade else None
+    why = sent_up(policy.cascade, [decision], direction) if policy.cascade else None
     return found | {
         "action": decision.action.value,
         "shadow_action": shadow.value if shadow else None,

@@ -100,9 +100,11 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def _described(cascade: Cascade) -> dict[str, Any]:
+    bands = {one.value: list(band) for one in Direction if (band := cascade.bands.get(one))}
+    alike = len(bands) == len(Direction) and len({tuple(band) for band in bands.values()}) == 1
     return {
         "second": cascade.second,
-        "band": list(cascade.band) if cascade.band else None,
+        "band": next(iter(bands.values())) if alike else bands or None,
         "categories": dict(cascade.categories),
         "images": cascade.images,
         "when_unable": cascade.when_unable.value,

@@ -74,16 +74,20 @@ class WhenUnable(Enum):
     ERROR = "error"
 
 
+Band = tuple[float, float]  # of scores, the lower one first
+
+
 @dataclass(frozen=True, slots=True)
 class Cascade:
     """When a second guard decides instead of the first. Scores lie in [0, 1].
 
-    The second decides where the first's unsafe_score lies in `band` (both ends included), where
+    The second decides where the first's unsafe_score lies in the band of the direction that is
+    judged (`bands`, both ends included; none for a direction that is not there), where
     its score of a category reaches that of `categories`, and, with `images`, wherever there is one.
     """
 
     second: str = ANY_ENGINE  # name of the engine or model that must be the second, or "any"
-    band: tuple[float, float] | None = None
+    bands: Mapping[Direction, Band] = field(default_factory=dict)
     categories: Mapping[str, float] = field(default_factory=dict)
     images: bool = True
     when_unable: WhenUnable = WhenUnable.ERROR

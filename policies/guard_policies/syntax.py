@@ -14,6 +14,7 @@ from guard_policies.positions import Entry, Reader, quote, suggest
 from guard_policies.schema import (
     ANY_ENGINE,
     MIN_THRESHOLD,
+    Band,
     Candidate,
     Cascade,
     ImageUris,
@@ -219,7 +220,7 @@ def _cascade(reader: Reader, entry: Entry | None, codes: tuple[str, ...]) -> Cas
             scores[code] = 0.0 if score is None else score
     flag = reader.flag(entries["images"].value, "images") if "images" in entries else None
     images = usual.images if flag is None else flag
-    band = _band(reader, entries.get("band"))
+    bands = _bands(reader, entries.get("band"))
     if not ("band" in entries or found or images):
         reader.report(entry.key, "the cascade never asks the second guard; give it a band")
     unable = entries.get("when_unable")
@@ -228,7 +229,7 @@ def _cascade(reader: Reader, entry: Entry | None, codes: tuple[str, ...]) -> Cas
     timeout_s = limit and reader.number(limit.value, "timeout_s", *CASCADE_TIMEOUT_S)
     cascade = Cascade(
         second=_name(reader, entries.get("second"), "second", ENGINE) or ANY_ENGINE,
-        band=band,
+        bands=bands,
         categories=scores,
         images=images,
         when_unable=WhenUnable(word) if word else usual.when_unable,
@@ -237,9 +238,20 @@ def _cascade(reader: Reader, entry: Entry | None, codes: tuple[str, ...]) -> Cas
     return CascadeDraft(cascade, {code: one.key for code, one in found.items()})
 
 
-def _band(reader: Reader, entry: Entry | None) -> tuple[float, float] | None:
+def _bands(reader: Reader, entry: Entry | None) -> dict[Direction, Band]:
+    """One for both directions, or one under `prompt` and one under `response`."""
     if entry is None:
-        return None
+        return {}
+    if not isinstance(entry.value, MappingNode):
+        return {} if (band := _band(reader, entry)) is None else dict.fromkeys(Direction, band)
+    found = reader.table(entry.value, "band", tuple(one.value for one in Direction))
+    if not entry.value.value:
+        reader.report(entry.value, "band must be two scores, or have some for prompt or response")
+    read = {Direction(name): _band(reader, one) for name, one in found.items()}
+    return {direction: band for direction, band in read.items() if band is not None}
+
+
+def _band(reader: Reader, entry: Entry) -> Band | None:
     before = len(reader.problems)
     ends = [reader.number(one, "band", 0.0, 1.0) for one in reader.items(entry.value, "band")]
     match ends:

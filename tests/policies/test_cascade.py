@@ -34,7 +34,7 @@ def decision(lines: str, **scores: float) -> Decision:
 def test_every_field_is_read_and_told() -> None:
     assert cascade_of(WHOLE) == Cascade(
         second="llama-guard-3-11b",
-        band=(0.2, 0.8),
+        bands=dict.fromkeys(Direction, (0.2, 0.8)),
         categories={"S4": 0.05, "S14": 0.0},
         images=False,
         when_unable=WhenUnable.FIRST,
@@ -53,7 +53,7 @@ def test_every_field_is_read_and_told() -> None:
 
 def test_without_a_word_images_go_up_and_an_absent_second_is_an_error() -> None:
     assert cascade_of("cascade: {}") == Cascade(
-        second="any", band=None, categories={}, images=True, when_unable=WhenUnable.ERROR
+        second="any", bands={}, categories={}, images=True, when_unable=WhenUnable.ERROR
     )
     assert parse_policy(HEAD).cascade is None
 
@@ -65,6 +65,8 @@ def test_every_field_is_meaning() -> None:
         WHOLE,
         WHOLE.replace("11b", "8b"),
         WHOLE.replace("0.8", "0.7"),
+        WHOLE.replace("[0.2, 0.8]", "{prompt: [0.2, 0.8]}"),
+        WHOLE.replace("[0.2, 0.8]", "{response: [0.2, 0.8]}"),
         WHOLE.replace("0.05", "0.06"),
         WHOLE.replace("images: false", "images: true"),
         WHOLE.replace("when_unable: first", "when_unable: error"),
@@ -91,6 +93,9 @@ def test_the_second_guard_serves_the_same_policy_without_a_second_of_its_own() -
         ("cascade: {band: [0.5]}", "band must be two scores"),
         ("cascade: {band: [0.1, 0.2, 0.3]}", "band must be two scores"),
         ("cascade: {band: [0.8, 0.2]}", "the lower one first"),
+        ("cascade: {band: {}}", "band must be two scores, or have some for prompt or response"),
+        ("cascade: {band: {prompt: [0.8, 0.2]}}", "the lower one first"),
+        ("cascade: {band: {prompts: [0.2, 0.8]}}", "did you mean 'prompt'?"),
         ("cascade: {band: [0, 1.1]}", "band must lie between 0 and 1"),
         ("cascade: {band: [a, 1]}", "band must be a number"),
         ("cascade: {categories: [S4]}", "categories of the cascade must be a mapping"),
@@ -118,10 +123,25 @@ def test_one_window_takes_the_whole_conversation_up() -> None:
         for scores in ({"S1": 0.9}, {"S1": 0.5}, {"S4": 0.06})
     )
     terms = cascade_of(WHOLE.replace("S14: 0", "S14: 0.5"))
-    assert sent_up(terms, [sure, sure]) is None
-    assert sent_up(terms, [sure, unsure]) is Why.IN_BAND
-    assert sent_up(terms, [unsure, named]) is Why.CATEGORY
+    assert sent_up(terms, [sure, sure], Direction.PROMPT) is None
+    assert sent_up(terms, [sure, unsure], Direction.PROMPT) is Why.IN_BAND
+    assert sent_up(terms, [unsure, named], Direction.PROMPT) is Why.CATEGORY
 
 
 def test_a_score_of_zero_sends_everything_up() -> None:
-    assert sent_up(cascade_of(WHOLE), [decision(WHOLE)]) is Why.CATEGORY
+    assert sent_up(cascade_of(WHOLE), [decision(WHOLE)], Direction.PROMPT) is Why.CATEGORY
+
+
+def test_each_direction_may_have_a_band_of_its_own() -> None:
+    both = "cascade: {band: {prompt: [0.2, 0.4], response: [0.4, 0.9]}}"
+    unsure = decision(both, S1=0.5)
+    assert sent_up(cascade_of(both), [unsure], Direction.PROMPT) is None
+    assert sent_up(cascade_of(both), [unsure], Direction.RESPONSE) is Why.IN_BAND
+    one = cascade_of("cascade: {band: {prompt: [0.2, 0.8]}}")
+    assert sent_up(one, [unsure], Direction.PROMPT) is Why.IN_BAND
+    assert sent_up(one, [unsure], Direction.RESPONSE) is None
+    told = describe(parse_policy(HEAD + both))["cascade"]["band"]
+    assert told == {"prompt": [0.2, 0.4], "response": [0.4, 0.9]}
+    same = "cascade: {band: {prompt: [0.2, 0.8], response: [0.2, 0.8]}}"
+    plain = "cascade: {band: [0.2, 0.8]}"
+    assert parse_policy(HEAD + same).digest == parse_policy(HEAD + plain).digest

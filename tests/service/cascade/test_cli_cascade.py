@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from guard_policies.loader import parse_policy
 from guard_service.cli.app import app
 from tests.middleware.fake_service import FakeService, verdict
 
@@ -130,3 +131,66 @@ def test_a_verdict_s_tier_and_its_reason_are_shown(server: list[str], service: F
     service.answer = lambda request: decided
     shown = RUN.invoke(app, ["check", *server, "hello"]).stdout
     assert "model fake (second guard: IN_BAND)" in shown
+
+
+BOTH = (  # role, language, unsafe, the first guard's score, the second's
+    ("user", "en", False, 0.1, 0.1),
+    ("user", "en", True, 0.3, 0.9),
+    ("user", "de", True, 0.9, 0.9),
+    ("user", "de", False, 0.2, 0.1),
+    ("assistant", "en", False, 0.7, 0.1),
+    ("assistant", "en", True, 0.9, 0.9),
+    ("assistant", "de", False, 0.1, 0.1),
+    ("assistant", "de", True, 0.8, 0.9),
+)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> list[str]:
+    """Files of rows in both directions and two languages."""
+    rows: list[dict[str, object]] = [
+        {
+            "id": f"r{at}",
+            "messages": [{"role": "user", "content": "x"}, {"role": role, "content": "y"}][
+                role == "user" :
+            ],
+            "label": "unsafe" if unsafe else "safe",
+            "language": language,
+            "split": "dev",
+        }
+        for at, (role, language, unsafe, _, _) in enumerate(BOTH)
+    ]
+    return [
+        write(tmp_path / "rows.jsonl", rows),
+        scored(tmp_path / "first.jsonl", "small", [row[3] for row in BOTH]),
+        scored(tmp_path / "second.jsonl", "large", [row[4] for row in BOTH]),
+    ]
+
+
+def test_each_direction_gets_the_band_that_its_rows_want(both: list[str]) -> None:
+    result = RUN.invoke(app, ["cascade", *both, "--tolerance", "0", "--json"])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    bands = {way: fit["cascade"]["band"] for way, fit in report["directions"].items()}
+    assert bands == {"prompt": [0.25, 0.6], "response": [0.4, 0.75]}
+    for fit in report["directions"].values():
+        assert fit["cascade"]["recall"] == 1.0 and fit["cascade"]["fpr"] == 0.0
+        assert fit["cascade"]["sent"] == 0.25
+
+
+def test_languages_are_told_under_the_band_of_their_direction(both: list[str]) -> None:
+    report = json.loads(RUN.invoke(app, ["cascade", *both, "--tolerance", "0", "--json"]).stdout)
+    found = {(one["direction"], one["language"]): one for one in report["languages"]}
+    assert set(found) == {(w, tag) for w in ("prompt", "response") for tag in ("de", "en")}
+    english, german = found["prompt", "en"], found["prompt", "de"]
+    assert (english["sent"], german["sent"]) == (0.5, 0.0)
+    assert (english["first"]["recall"], english["cascade"]["recall"]) == (0.0, 1.0)
+    assert (found["response", "en"]["first"]["fpr"], german["first"]["fpr"]) == (1.0, 0.0)
+
+
+def test_people_see_a_band_for_each_direction(both: list[str]) -> None:
+    shown = RUN.invoke(app, ["cascade", *both, "--tolerance", "0"], env={"COLUMNS": "120"}).stdout
+    assert "band: {prompt: [0.25, 0.6], response: [0.4, 0.75]}" in shown
+    assert "Prompts alone and together" in shown and "response de" in shown
+    policy = "name: x\nversion: '1'\n" + shown[shown.index("cascade:\n") :]
+    assert parse_policy(policy).cascade is not None

@@ -309,7 +309,9 @@ class Door(grpc.aio.ServerInterceptor):
             self._auth.metrics.tenant_requests.labels(call.tenant, code).inc()
             self._auth.metrics.tenant_verdicts.labels(call.tenant).inc(call.verdicts)
         if call.spot is not None:
-            call.spot.end(code, error.reason if error else "", request_id=call.request_id)
+            whose = {"tenant": call.tenant} if call.tenant else {}
+            reason = error.reason if error else ""
+            call.spot.end(code, reason, request_id=call.request_id, **whose)
         if not LOG.isEnabledFor(logging.INFO):
             return
         fields: dict[str, Any] = {"request_id": call.request_id, "rpc": call.rpc, "code": code}

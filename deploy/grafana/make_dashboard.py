@@ -297,6 +297,7 @@ def _panel(panel: Panel, x: int, y: int) -> dict[str, Any]:
                 "refId": chr(ord("A") + at),
                 "expr": query,
                 "legendFormat": legend,
+                "exemplar": "_bucket" in query,
                 "datasource": source,
             }
             for at, (legend, query) in enumerate(panel.queries.items())

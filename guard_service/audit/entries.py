@@ -8,7 +8,7 @@ from typing import Any
 
 from guard_policies.schema import Policy
 from guard_service.audit.prints import fingerprint, last_turn
-from guard_service.conversation import Conversation
+from guard_service.conversation import Conversation, Image, Part, ToolCall
 from guard_service.errors import GuardServiceError
 from guard_service.moderation import LANGUAGE_TAG, Judgement
 
@@ -46,6 +46,16 @@ class Question:
     as_second: bool
     stream: str = ""
     step: int = 0
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes of content there are."""
+        return sum(
+            len(field)
+            for message in self.conversation.messages
+            for part in message.parts
+            for field in _contents(part)
+        )
 
     def entry(self, prints: bytes) -> Entry:
         """As a line has it: fingerprints by the key, no content."""
@@ -110,6 +120,16 @@ def refused(asker: Asker, error: GuardServiceError) -> Entry:
 def gone(asker: Asker, code: str) -> Entry:
     """A call whose caller did not wait for its end."""
     return {"kind": "refused", **asker.entry, "code": code, "reason": "CALLER_GONE"}
+
+
+def _contents(part: Part) -> tuple[str | bytes, ...]:
+    match part:
+        case Image():
+            return (part.data or b"",)
+        case ToolCall():
+            return part.name, part.arguments
+        case _:
+            return (part.text,)
 
 
 def _why(error: GuardServiceError) -> Entry:

@@ -37,6 +37,6 @@ def asker() -> Asker:
     return Asker(
         call.rpc,
         call.request_id,
-        getattr(call, "tenant", ""),
+        call.tenant,
         call.spot.trace_id if call.spot is not None else "",
     )

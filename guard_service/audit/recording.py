@@ -60,7 +60,7 @@ class Audit:
             entry = entries.verdict(asker, question, judgement, self.prints)
             return self._with_payload(entry, question, judgement.id)
 
-        await self.writer.write(make)
+        await self.writer.write(make, question.weight)
 
     async def unjudged(self, question: Question, error: GuardServiceError) -> None:
         """Raises nothing: there is no answer that could be kept back."""
@@ -71,7 +71,7 @@ class Audit:
             entry = entries.unjudged(asker, question, error, self.prints)
             return self._with_payload(entry, question, asker.request_id)
 
-        await self._told(make)
+        await self._told(make, question.weight)
 
     async def refused(self, error: GuardServiceError) -> None:
         """Raises nothing, and records nothing twice."""
@@ -83,9 +83,9 @@ class Audit:
         """The caller does not wait any more."""
         self.writer.soon(partial(entries.gone, self.asker(), code))
 
-    async def _told(self, make: Callable[[], Entry]) -> None:
+    async def _told(self, make: Callable[[], Entry], weight: int = 0) -> None:
         with suppress(NotRecorded):  # counted; an error stays the error that it is
-            await self.writer.write(make)
+            await self.writer.write(make, weight)
 
     def _with_payload(self, entry: Entry, question: Question, of: str) -> Entry:
         if self.payload_key is None:

@@ -18,6 +18,7 @@ from guard_service.metrics import AuditMetrics
 
 LOG = logging.getLogger("guard_service.audit")
 WAITING = 10_000  # lines; a disk that is slower than this is full
+HELD_BYTES = 256 * 2**20  # of what they are of
 AT_ONCE = 256  # lines of one write
 JOIN_S = 10.0
 Making = Callable[[], Entry]
@@ -39,6 +40,7 @@ class Appends(Protocol):
 class _Waiting:
     make: Making
     done: Callable[[BaseException | None], None]
+    weight: int
 
 
 class Writer:
@@ -53,18 +55,20 @@ class Writer:
         self._refuses = refuses
         self._metrics = metrics
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(WAITING)
+        self._held = 0
+        self._counting = threading.Lock()
         self._failing = False
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="guard-audit", daemon=True)
         self._thread.start()
 
-    async def write(self, make: Making) -> None:
-        """Record what `make` gives, which runs in the writer's thread.
+    async def write(self, make: Making, weight: int = 0) -> None:
+        """Record what `make` gives, which runs in the writer's thread and keeps `weight` bytes.
 
         With `refuses` until it is written, and NotRecorded where it cannot be; otherwise at once.
         """
         if not self._refuses:
-            self.soon(make)
+            self.soon(make, weight)
             return
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -80,28 +84,38 @@ class Writer:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, error)
 
-        self._put(_Waiting(make, done))
+        self._put(_Waiting(make, done, weight))
         await future
 
-    def soon(self, make: Making) -> None:
+    def soon(self, make: Making, weight: int = 0) -> None:
         """Record it, and let nobody wait; what cannot be recorded is counted."""
         with suppress(NotRecorded):  # counted
-            self._put(_Waiting(make, lambda error: None))
+            self._put(_Waiting(make, lambda error: None, weight))
 
     def close(self) -> None:
         """Write what waits, and the log's last line. Blocks."""
         self._closed = True
-        self._queue.put(None)
-        self._thread.join(JOIN_S)
+        with suppress(queue.Full):  # of a disk that hangs: the thread is left to its fate
+            self._queue.put(None, timeout=JOIN_S)
+            self._thread.join(JOIN_S)
 
     def _put(self, waiting: _Waiting) -> None:
         try:
-            if self._closed:
-                raise queue.Full
-            self._queue.put_nowait(waiting)
+            self._hold(waiting.weight)
+            try:
+                self._queue.put_nowait(waiting)
+            except queue.Full:
+                self._hold(-waiting.weight)
+                raise
         except queue.Full:
             self._metrics.lines.labels("failed").inc()
             raise _not_recorded() from None
+
+    def _hold(self, weight: int) -> None:
+        with self._counting:
+            if self._closed or self._held and self._held + weight > HELD_BYTES:
+                raise queue.Full
+            self._held += weight
 
     def _work(self) -> None:
         ended = False
@@ -110,7 +124,10 @@ class Writer:
             while len(batch) < AT_ONCE and batch[-1] is not None and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             ended = batch[-1] is None
-            self._write([one for one in batch if one is not None])
+            lines = [one for one in batch if one is not None]
+            self._write(lines)
+            with self._counting:
+                self._held -= sum(one.weight for one in lines)
         self._log.stop()
 
     def _write(self, batch: Sequence[_Waiting]) -> None:

@@ -32,6 +32,7 @@ def replay(
     ca: options.Ca = None,
     cert: options.Cert = None,
     key: options.Key = None,
+    token_file: options.TokenPath = None,
     timeout_s: options.Timeout = 30.0,
 ) -> None:
     """Judge again what an audit log recorded, and compare, bit for bit.
@@ -42,6 +43,6 @@ def replay(
     from guard_service.cli import replaying
     from guard_service.cli.place import Place
 
-    place = Place(server, model, tuple(policies or ()), ca, cert, key)
+    place = Place(server, model, tuple(policies or ()), ca, cert, key, token_file)
     recorded = replaying.Recorded(tuple(paths), audit_key, payload_key, frozenset(verdict or ()))
     raise typer.Exit(replaying.run(recorded, place, timeout_s))

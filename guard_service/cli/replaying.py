@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from guard_api.v1 import guard_pb2, guard_pb2_grpc, verdict_pb2
+from guard_middleware.bearer import TokenFile
 from guard_middleware.channel import open_channel
 from guard_service.audit.host import surroundings
 from guard_service.audit.keys import AuditError, read_keys
@@ -86,8 +87,8 @@ def run(recorded: Recorded, place: Place, timeout_s: float) -> int:
     same = different = 0
     for plan, group in groupby(sorted(lines, key=lambda one: one.plan), key=lambda one: one.plan):
         with ExitStack() as stack:
-            stub = _guard(stack, place, plan)
-            for line, said in _answers(stub, list(group), timeout_s):
+            asks = Asks(_guard(stack, place, plan), timeout_s, place.token)
+            for line, said in _answers(asks, list(group)):
                 if not recorded.wanted(line.entry):
                     continue
                 wrong = [said] if isinstance(said, str) else differences(line.entry, said)
@@ -113,9 +114,32 @@ def _guard(stack: ExitStack, place: Place, plan: str) -> Any:
     return guard_pb2_grpc.GuardServiceStub(channel)
 
 
-def _answers(
-    stub: Any, lines: Sequence[Line], timeout_s: float
-) -> Iterator[tuple[Line, verdict_pb2.Verdict | str]]:
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """How a guard is asked."""
+
+    stub: Any
+    timeout_s: float
+    token: TokenFile | None
+
+    def judged(self, request: guard_pb2.ClassifyRequest) -> verdict_pb2.Verdict:
+        """Raises RpcError."""
+        reply: guard_pb2.ClassifyResponse = self.stub.Classify(
+            request, timeout=self.timeout_s, metadata=self._metadata
+        )
+        return reply.verdict
+
+    def growing(self, steps: Sequence[guard_pb2.ClassifyStreamRequest]) -> Any:
+        """The call, whose answers raise RpcError."""
+        timeout_s = self.timeout_s * len(steps)
+        return self.stub.ClassifyStream(iter(steps), timeout=timeout_s, metadata=self._metadata)
+
+    @property
+    def _metadata(self) -> Any:
+        return self.token.metadata() if self.token else ()
+
+
+def _answers(asks: Asks, lines: Sequence[Line]) -> Iterator[tuple[Line, verdict_pb2.Verdict | str]]:
     """Each line and what is said today: a verdict, or why there is none."""
     streams: dict[str, list[Line]] = {}
     for line in lines:
@@ -124,38 +148,49 @@ def _answers(
             continue
         line.request.no_cache = True
         try:
-            yield line, stub.Classify(line.request, timeout=timeout_s).verdict
+            yield line, asks.judged(line.request)
         except grpc.RpcError as error:
             yield line, _unable(error)
     for steps in streams.values():
-        yield from _streamed(stub, sorted(steps, key=lambda one: one.entry["step"]), timeout_s)
+        yield from _streamed(asks, sorted(steps, key=lambda one: one.entry["step"]))
 
 
 def _streamed(
-    stub: Any, lines: Sequence[Line], timeout_s: float
+    asks: Asks, lines: Sequence[Line]
 ) -> Iterator[tuple[Line, verdict_pb2.Verdict | str]]:
     """The verdicts of a stream, asked for at the very places where they were: what an engine holds
     of a growing reply is then what it was."""
+    steps = _steps(lines)
+    why = "no verdict: the stream ended before it"
+    answered = 0
+    if steps is None:
+        why = "the lines before it in its stream are not there"
+    else:
+        call = asks.growing(steps)
+        try:
+            for line, said in zip(lines, call, strict=False):
+                answered += 1
+                yield line, said.verdict
+        except grpc.RpcError as error:
+            why = _unable(error)
+        finally:
+            call.cancel()
+    for line in lines[answered:]:
+        yield line, why
+
+
+def _steps(lines: Sequence[Line]) -> list[guard_pb2.ClassifyStreamRequest] | None:
+    """What makes the stream grow as it did; None where lines of it are missing."""
     steps = [_start(lines[0].request)]
     reply = ""
     for number, line in enumerate(lines, 1):
         text = line.request.conversation.messages[-1].parts[0].text
         if line.entry["step"] != number or not text.startswith(reply):
-            yield line, "the lines before it in its stream are not there"
-            return
+            return None
         piece = guard_pb2.StreamPiece(text=text.removeprefix(reply), check=True)
         steps.append(guard_pb2.ClassifyStreamRequest(piece=piece))
         reply = text
-    call = stub.ClassifyStream(iter(steps), timeout=timeout_s * len(lines))
-    try:
-        for line, said in zip(lines, call, strict=False):
-            yield line, said.verdict
-            if line is lines[-1]:
-                return
-    except grpc.RpcError as error:
-        yield lines[-1], _unable(error)
-    finally:
-        call.cancel()
+    return steps
 
 
 def _start(request: guard_pb2.ClassifyRequest) -> guard_pb2.ClassifyStreamRequest:

@@ -120,7 +120,8 @@ class Spans:
 
 def _place(server: str) -> Mapping[str, str | int]:
     if server.startswith("unix:"):
-        return {"server.address": server.removeprefix("unix:")}
+        path = server.removeprefix("unix:")
+        return {"server.address": path} if path else {}
     host, _, port = server.rpartition(":")
     return {"server.address": host.strip("[]"), "server.port": int(port)}
 

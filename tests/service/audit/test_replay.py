@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import threading
 from pathlib import Path
@@ -151,9 +152,26 @@ async def test_a_stream_without_its_beginning_is_not_guessed_at(
     assert [reply async for reply in guard.stub.ClassifyStream(iter(steps))]
     await guard.server.stop(1.0)
     *_, before, _ = segments(settings["audit"])
+    made = [one for one in map(json.loads, before.read_bytes().splitlines()) if "step" in one]
     done = replayed(settings["audit"], "--model", "fake", paths=(before,))
     assert done.exit_code == 1
-    assert "the lines before it in its stream are not there" in done.stdout
+    assert f"0 the same, bit for bit; {len(made)} different" in done.stdout
+    assert done.stdout.count("the lines before it in its stream are not there") == len(made) > 1
+    one = made[-1]["verdict_id"]
+    done = replayed(settings["audit"], "--model", "fake", "--verdict", one, paths=(before,))
+    assert done.exit_code == 1 and "0 the same, bit for bit; 1 different" in done.stdout
+
+
+async def test_a_stream_that_is_refused_today_counts_for_all_of_its_verdicts(
+    run_guard: RunGuard, settings: dict[str, Any]
+) -> None:
+    guard = await run_guard(policies=(POLICY,), **settings)
+    steps = [start("hi", policy="shop"), piece("a", check=True), piece("b", end=True)]
+    assert [reply async for reply in guard.stub.ClassifyStream(iter(steps))]
+    await guard.server.stop(1.0)
+    done = replayed(settings["audit"], "--model", "fake")
+    assert done.exit_code == 1 and done.stdout.count("no verdict: NOT_FOUND") == 2
+    assert "0 the same, bit for bit; 2 different" in done.stdout
 
 
 async def test_what_cannot_be_replayed_says_why(

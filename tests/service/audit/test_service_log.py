@@ -16,22 +16,33 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from guard_api.v1 import guard_pb2
+from guard_policies.loader import builtin_policies
 from guard_service.audit.chain import Entry
+from guard_service.audit.entries import Question
 from guard_service.audit.files import HEAD, segments
 from guard_service.audit.keys import AuditError, read_keys
 from guard_service.audit.payload import unseal
 from guard_service.audit.prints import fingerprint
 from guard_service.audit.verifying import verify
-from guard_service.audit.writer import WAITING, Writer
+from guard_service.audit.writer import HELD_BYTES, WAITING, Writer
 from guard_service.config import ConfigError, Settings
-from guard_service.conversation import Conversation
+from guard_service.conversation import (
+    Conversation,
+    Image,
+    Message,
+    Role,
+    Text,
+    ToolCall,
+    ToolResult,
+)
 from guard_service.engines.fake import FakeEngine
 from guard_service.errors import NotRecorded
 from guard_service.metrics import AuditMetrics, Metrics
 from tests.service.asking import BOMB, Running, asked, piece, refused, start, until
 from tests.service.audit.logs import lines
 from tests.service.conftest import RunGuard
-from tests.service.traced import PARENT, Kept
+from tests.service.security.callers import Auth, bearer
+from tests.service.traced import PARENT, PATIENCE_S, Kept
 
 MARKER = "xq7marker"
 
@@ -276,6 +287,60 @@ async def test_a_disk_that_hangs_fills_a_bounded_queue() -> None:
         log.free.set()
         await asyncio.to_thread(writer.close)
     assert metrics.lines.labels("written")._value.get() == WAITING + 1
+
+
+async def test_what_waits_for_the_disk_is_bounded_in_bytes_too() -> None:
+    class Hanging:
+        free = threading.Event()
+
+        def append(self, entries: Sequence[Entry]) -> None:
+            assert self.free.wait(PATIENCE_S)
+
+        def stop(self) -> None:
+            pass
+
+    metrics = AuditMetrics(Metrics().registry)
+    log = Hanging()
+    writer = Writer(log, True, metrics)
+    try:
+        writer.soon(dict, HELD_BYTES - 1)
+        writer.soon(dict, 1)
+        with pytest.raises(NotRecorded):
+            await writer.write(dict, 1)
+    finally:
+        log.free.set()
+    await until(lambda: not writer._held)
+    await writer.write(dict, 2 * HELD_BYTES)  # alone there is room for anything
+    await asyncio.to_thread(writer.close)
+    with pytest.raises(NotRecorded):
+        await writer.write(dict)
+
+
+def test_a_question_weighs_what_it_holds() -> None:
+    parts = (Text("four"), Image(data=b"12345"), ToolCall("ab", "c"), ToolResult("1234567"))
+    conversation = Conversation((Message(Role.ASSISTANT, parts),))
+    question = Question(conversation, builtin_policies()["default"], "", False, False)
+    assert question.weight == 4 + 5 + 3 + 7
+
+
+async def test_the_tenant_is_told_and_who_has_no_token_is_refused_on_record(
+    run_guard: RunGuard, logged: dict[str, Any], tmp_path: Path
+) -> None:
+    kept, auth = Kept(), Auth(tmp_path)
+    acme = bearer(auth.tenant("acme", policies=["strict"], default_policy="strict"))
+    guard = await run_guard(auth=auth.write(), traces=kept.traces, **logged)
+    await guard.stub.Classify(asked("hi"), metadata=acme)
+    await refused(guard.stub.Classify(asked("hi")))
+    (verdict,) = said(logged)
+    assert (verdict["tenant"], verdict["policy"]["name"]) == ("acme", "strict")
+    (refusal,) = said(logged, "refused")
+    assert (refusal["tenant"], refusal["reason"]) == ("", "UNAUTHENTICATED")
+    one, two = kept.named("guard_api.v1.GuardService/Classify")
+    assert (one.attributes or {})["guard.tenant"] == "acme"
+    assert "guard.tenant" not in (two.attributes or {})
+    token = dict(acme)["authorization"].removeprefix("Bearer ")
+    log = b"".join(path.read_bytes() for path in segments(logged["audit"]))
+    assert token.encode() not in log and token not in kept.told()
 
 
 async def test_an_entry_that_cannot_be_made_fails_alone() -> None:

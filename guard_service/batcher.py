@@ -18,6 +18,8 @@ from guard_service.errors import (
     ShuttingDown,
 )
 from guard_service.prompt import Prompt
+from guard_service.security.shares import Shares
+from guard_service.security.whose import WHOSE
 from guard_service.tracing import SPOT, Spot, engine_run
 
 LOG = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class _Job:
     session: Session | None
     future: asyncio.Future[tuple[Assessed, float, float]] = field(repr=False)
     spot: Spot | None = None
+    whose: str = ""  # the tenant's
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +102,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._queue: dict[_Job, None] = {}  # in order of arrival
         self._queued_tokens = 0
+        self._shares = Shares()
         self._tokens_per_s = 0.0  # of one worker
         self._closing = False
         self._healthy = True
@@ -179,33 +183,46 @@ class Batcher:
     def _admitted(
         self, prompts: Sequence[Prompt], patience_s: float, session: Session | None
     ) -> list[_Job]:
-        loop, now, spot = asyncio.get_running_loop(), self._clock(), SPOT.get()
+        loop, now, spot, whose = asyncio.get_running_loop(), self._clock(), SPOT.get(), WHOSE.get()
         jobs = [
-            _Job(prompt, tokens_of(prompt, session), now, session, loop.create_future(), spot)
+            _Job(
+                prompt, tokens_of(prompt, session), now, session, loop.create_future(), spot, whose
+            )
             for prompt in prompts
         ]
         tokens = sum(job.tokens for job in jobs)
         with self._changed:
-            self._check_room(len(jobs), tokens, patience_s)
+            leaving = self._room_for(whose, len(jobs), tokens, patience_s)
+            for job in leaving:
+                self._take_out(job)
             self._queue.update(dict.fromkeys(jobs))
+            self._shares.join(jobs)
             self._queued_tokens += tokens
             self._changed.notify_all()
+        for job in leaving:
+            _fail(job, Overloaded("the queue is full; retry later", self._retry_s(1, job.tokens)))
         return jobs
 
-    def _check_room(self, items: int, tokens: int, patience_s: float) -> None:
+    def _room_for(self, whose: str, items: int, tokens: int, patience_s: float) -> list[_Job]:
+        """What has to leave the queue; raises when there is no room."""
         if self._closing:
             raise ShuttingDown
         if not self._healthy:
             raise NotReady("the engine does not answer; try another replica")
-        limits, wait_s = self._limits, self._wait_s(self._queued_tokens)
-        if len(self._queue) + items > limits.queue_items and self._queue:
-            raise Overloaded("the queue is full; retry later", self._retry_s(items, tokens))
-        if self._queued_tokens + tokens > limits.queue_tokens and self._queue:
+        limits, wait_s = self._limits, self._wait_s(self._shares.ahead(whose))
+        over_items = len(self._queue) + items - limits.queue_items
+        over_tokens = self._queued_tokens + tokens - limits.queue_tokens
+        leaving: list[_Job] | None = []
+        if self._queue and (over_items > 0 or over_tokens > 0):
+            newest_first = reversed(self._queue)
+            leaving = self._shares.giving_way(newest_first, whose, tokens, over_items, over_tokens)
+        if leaving is None:
             raise Overloaded("the queue is full; retry later", self._retry_s(items, tokens))
         if wait_s > patience_s:
             raise Overloaded(
                 "the queue is longer than the deadline; retry later", min(wait_s, MAX_RETRY_S)
             )
+        return leaving
 
     def _wait_s(self, tokens: int) -> float:
         """How long that many tokens take at the measured rate; 0 when nothing was measured yet."""
@@ -225,12 +242,16 @@ class Batcher:
         with self._changed:
             for job in jobs:
                 if job in self._queue:
-                    del self._queue[job]
-                    self._queued_tokens -= job.tokens
+                    self._take_out(job)
         for job in jobs:
             if job.future.done() and not job.future.cancelled():
                 job.future.exception()  # seen: a sibling already failed the request
             job.future.cancel()
+
+    def _take_out(self, job: _Job) -> None:
+        del self._queue[job]
+        self._shares.leave(job)
+        self._queued_tokens -= job.tokens
 
     def _work(self, lane: int) -> None:
         """A worker's thread."""
@@ -251,10 +272,10 @@ class Batcher:
                 self._changed.wait()
             if self._closing:
                 return []
-            batch = chosen(ready, self._limits)
+            batch = chosen(self._shares.in_turn(ready), self._limits)
+            self._shares.serve(batch)
             for job in batch:
-                del self._queue[job]
-                self._queued_tokens -= job.tokens
+                self._take_out(job)
             worker.running = batch
             worker.run_began = self._clock()
             return batch
@@ -321,9 +342,9 @@ class Batcher:
 
 
 def chosen(queue: Sequence[_Job], limits: Limits) -> list[_Job]:
-    """The next batch: the oldest prompt, then those most like it, while the padded batch fits.
+    """The next batch: the first prompt, then those most like it, while the padded batch fits.
 
-    The oldest is always in, so that none starves; prompts that share its prefix come first. What
+    The first is always in, so that none starves; prompts that share its prefix come first. What
     belongs to a session shares no state with others, so it runs alone.
     """
     head = queue[0]

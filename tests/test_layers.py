@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "guard_middleware": ("guard_api", "guard_policies"),
     # Loaded only where a middleware is told to have its guard in its own process.
     "guard_middleware.in_process": ("guard_service",),
+    # One place says how the lines of logs look.
+    "guard_middleware.flags": ("guard_service.logs",),
     # One place sets up OpenTelemetry's SDK for the two commands that serve.
     "guard_middleware.traces": ("guard_service.tracing.exporting", "guard_service.__version__"),
     # The student is distilled with the very prompts that serve it, and exported into the artifact

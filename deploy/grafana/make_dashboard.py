@@ -183,8 +183,8 @@ ROWS: dict[str, list[Panel]] = {
             "Without a verdict",
             "ops",
             {
-                "{{direction}} {{reason}}": rate(
-                    "guard_middleware_unjudged_total", "direction,reason"
+                "{{direction}} {{reason}} {{became}}": rate(
+                    "guard_middleware_unjudged_total", "direction,reason,became"
                 )
             },
             "Refused, or let pass where on_unavailable_* is allow.",

@@ -93,13 +93,8 @@ class AsyncGuardClient:
     async def image_at(
         self, url: str, *, policy: str = "", language: str = "", timeout_s: float | None = None
     ) -> SeenImage:
-        """What the guard says of the image behind an address, by itself, and the image as it was
-        judged: for guards whose policy lets images be fetched. Raises ValueError for a lone
-        surrogate, and otherwise what `classify` raises."""
-        try:
-            request = calls.image_request(url, policy, language)
-        except UnicodeEncodeError:
-            raise ValueError("the address is not well-formed Unicode") from None
+        """See GuardClient.image_at."""
+        request = calls.image_request(url, policy, language)
         await self._learn()
         try:
             return calls.seen_image(await self._call(self._stub.Classify, request, timeout_s))

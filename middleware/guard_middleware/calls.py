@@ -46,8 +46,12 @@ def classify_request(item: Item) -> guard_pb2.ClassifyRequest:
 
 
 def image_request(url: str, policy: str, language: str) -> guard_pb2.ClassifyRequest:
-    """The wire's request about an image that the guard is to fetch and to give back."""
-    part = guard_pb2.Part(image=guard_pb2.Image(uri=url))
+    """The wire's request about an image that the guard is to fetch and to give back. Raises
+    ValueError for a lone surrogate."""
+    try:
+        part = guard_pb2.Part(image=guard_pb2.Image(uri=url))
+    except UnicodeEncodeError:
+        raise ValueError("the address is not well-formed Unicode") from None
     message = guard_pb2.Message(role=guard_pb2.ROLE_USER, parts=[part])
     return guard_pb2.ClassifyRequest(
         conversation=guard_pb2.Conversation(messages=[message]),

@@ -22,7 +22,8 @@ from guard_middleware.service_info import PolicyList, ServiceInfo, read_info, re
 from guard_middleware.stream_watch import ThreadWatch
 from guard_middleware.terms import Terms
 from guard_middleware.turns import Turns, direction_of
-from guard_middleware.verdict import Outcome, StreamOutcome
+from guard_middleware.verdict import Outcome, SeenImage, StreamOutcome
+from guard_policies.assessment import Direction
 
 __all__ = ["AsyncGuardClient", "GuardClient"]
 
@@ -86,6 +87,19 @@ class GuardClient:
             return calls.single_outcome(self._call(self._stub.Classify, request, timeout_s))
         except GuardError as error:
             return self._fallback.outcome(error, policy, direction_of(request.conversation))
+
+    def image_at(
+        self, url: str, *, policy: str = "", language: str = "", timeout_s: float | None = None
+    ) -> SeenImage:
+        """What the guard says of the image behind an address, by itself, and the image as it was
+        judged: for guards whose policy lets images be fetched. Raises ValueError for a lone
+        surrogate, and otherwise what `classify` raises."""
+        request = calls.image_request(url, policy, language)
+        self._learn()
+        try:
+            return calls.seen_image(self._call(self._stub.Classify, request, timeout_s))
+        except GuardError as error:
+            return SeenImage(self._fallback.outcome(error, policy, Direction.PROMPT))
 
     def classify_batch(
         self, items: Sequence[Item | Turns], *, timeout_s: float | None = None

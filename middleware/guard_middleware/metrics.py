@@ -28,8 +28,9 @@ class Metrics:
         )
         self.unjudged = Counter(
             name("unjudged"),
-            "Outcomes without a verdict, by the reason why there is none",
-            ("direction", "reason"),
+            "Outcomes without a verdict, by the reason why there is none and what became of what "
+            "was to be judged: refused, or passed where on_unavailable_* is allow",
+            ("direction", "reason", "became"),
             registry=registry,
         )
         self.prompt_seconds = Histogram(

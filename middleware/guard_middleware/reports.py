@@ -25,12 +25,23 @@ def report(
     metrics.exchanges.labels(name, result, settings.mode).inc()
     for way, one in outcomes:
         if not one.judged:
-            metrics.unjudged.labels(way.value, type(one.error).__name__).inc()
+            became = "refused" if one.blocked else "passed"
+            metrics.unjudged.labels(way.value, type(one.error).__name__, became).inc()
+    verdicts = [one.verdict_id if one.judged else type(one.error).__name__ for _, one in outcomes]
     LOG.info(
         "exchange %s (%s): %s %s, verdicts %s",
         id_,
         settings.mode,
         name,
         result,
-        " ".join(one.verdict_id if one.judged else type(one.error).__name__ for _, one in outcomes),
+        " ".join(verdicts),
+        extra={
+            "fields": {
+                "exchange": id_,
+                "mode": settings.mode,
+                "format": name,
+                "result": result,
+                "verdicts": verdicts,
+            }
+        },
     )

@@ -163,7 +163,9 @@ async def test_what_may_pass_unjudged_passes_and_is_counted() -> None:
     app = Wrapped(backend, Judges((unjudged(Action.ALLOW),), (unjudged(Action.ALLOW),)))
     assert (await call(app, PATH, asking("Hi"))).json == reply("Hello.")
     for direction in ("prompt", "response"):
-        assert app.counted("unjudged_total", direction=direction, reason="Unavailable") == 1
+        why = {"direction": direction, "reason": "Unavailable"}
+        assert app.counted("unjudged_total", **why, became="passed") == 1
+        assert app.counted("unjudged_total", **why, became="refused") == 0
 
 
 async def test_stream_that_may_pass_unjudged_passes_to_its_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -13,11 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
+from guard_middleware import GuardClient, GuardError
 from guard_middleware.guards import Conversation, RemoteGuard
 from guard_middleware.messages import App
 from guard_middleware.settings import Settings
 from guard_middleware.sidecar import Places, Sidecar
-from guard_middleware.verdict import Outcome
+from guard_middleware.verdict import Outcome, SeenImage
 from guard_service.config import Settings as ServiceSettings
 from guard_service.images.fetch import Fetcher
 from guard_service.local import local_server
@@ -310,3 +312,44 @@ async def test_a_request_that_its_images_make_too_large_is_refused(
         got = await call(app, "/v1/chat/completions", chat_at(URL))
     assert got.status == 413 and not backend.bodies
     await app.close()
+
+
+async def test_through_the_sidecar_the_backend_gets_what_the_guard_fetched(
+    fetching_guard: str, network: Network
+) -> None:
+    backend = Backend([json.dumps(reply(SAID)).encode()])
+    path = "/v1/chat/completions"
+    async with listening(backend) as upstream:
+        settings = Settings(guard=fetching_guard, guarded=("/",), image_urls="guard")
+        made = Sidecar(Places(upstream), settings)
+        async with behind(made.middleware) as client:
+            network.ours |= {httpx.URL(upstream).port, client.base_url.port}
+            async with network.serving(http(SAFE)):
+                passed = await client.post(path, json=chat_at(URL))
+            async with network.serving(http(UNSAFE)):
+                stopped = await client.post(path, json=chat_at(URL))
+            elsewhere = await client.post(path, json=chat_at("http://evil.example/a.png"))
+    assert passed.json() == reply(SAID) and backend.asked == chat(SAFE)
+    for refused in (stopped, elsewhere):
+        assert refused.json()["choices"][0]["finish_reason"] == "content_filter"
+    assert len(backend.bodies) == 1
+
+
+async def test_clients_get_the_image_behind_an_address_as_it_was_judged(
+    fetching_guard: str, network: Network
+) -> None:
+    for data, blocked in ((SAFE, False), (UNSAFE, True)):
+        async with network.serving(http(data)):
+            seen = await asyncio.to_thread(asked_at, fetching_guard, URL)
+        assert seen.outcome.judged and seen.outcome.blocked is blocked
+        assert seen.data_url == url(data)
+    with pytest.raises(GuardError):
+        await asyncio.to_thread(asked_at, fetching_guard, "http://evil.example/a.png")
+    with pytest.raises(ValueError, match="not well-formed") as raised:
+        await asyncio.to_thread(asked_at, fetching_guard, "http://\ud800")
+    assert raised.value.__context__ is None or raised.value.__suppress_context__
+
+
+def asked_at(target: str, address: str) -> SeenImage:
+    with GuardClient(target) as client:
+        return client.image_at(address)

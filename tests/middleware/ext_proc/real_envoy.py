@@ -30,6 +30,7 @@ from guard_middleware.settings import Settings
 from guard_middleware.testing import FakeGuard, forbids
 from guard_middleware.verdict import Outcome, StreamOutcome
 from tests.middleware.asgi_calls import Reply, listening
+from tests.middleware.test_bypasses import closed
 from tests.middleware.wrapped import BAD
 
 WAIT_S = 60
@@ -204,7 +205,7 @@ async def _listens(socket: Path) -> bool:
         _, writer = await asyncio.open_unix_connection(str(socket))
     except OSError:
         return False
-    writer.close()
+    await closed(writer)
     return True
 
 

@@ -22,6 +22,7 @@ from tests.middleware.ext_proc.real_envoy import (
     stage,
 )
 from tests.middleware.formats.openai_replies import PATH, asking, reply
+from tests.middleware.test_bypasses import closed
 from tests.middleware.wrapped import BAD
 
 pytestmark = needs_envoy
@@ -42,7 +43,7 @@ class Upstream:
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntrailer: x-said\r\n"
         writer.write(head + b"transfer-encoding: chunked\r\n\r\n" + chunked(self._body) + TRAILER)
         await writer.drain()
-        writer.close()
+        await closed(writer)
 
 
 def chunked(body: bytes) -> bytes:
@@ -68,7 +69,7 @@ async def talk(running: Stage, body: object, trailer: bytes = b"\r\n") -> bytes:
     await writer.drain()
     async with asyncio.timeout(60):
         got = await reader.read()
-    writer.close()
+    await closed(writer)
     return got
 
 

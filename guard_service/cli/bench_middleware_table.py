@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from guard_service.cli.bench_servers import BARE
+from guard_service.cli.bench_streams import ENDS
 
 # What stands in front, its title, and the figure of the bare backend.
 _ROWS: tuple[tuple[str, str, str, str, str], ...] = (
@@ -86,5 +87,4 @@ def _streams(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ends(streams: Mapping[str, Any]) -> str:
-    ends = ("finished", "refused", "lost", "unequal")
-    return "streams " + ", ".join(f"{end} {streams[end]}" for end in ends)
+    return "streams " + ", ".join(f"{end} {streams[end]}" for end in ENDS)

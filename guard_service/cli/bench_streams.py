@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ _PIECES, _PACED_PIECES = 24, 100
 _PAUSE_MS = 20
 _WAITING = f"{CHAT}?pause_ms={_PAUSE_MS}&waits=1"
 _PACED = f"{CHAT}?pause_ms={_PAUSE_MS}"
+ENDS = ("finished", "filtered", "refused", "lost", "unequal")
 _SIGN_OF_LIFE = b":\n\n"  # what the middleware puts between events where verdicts take long
 _OPEN_S = 120.0
 _SETTLE_S = 30.0  # longer than a sidecar keeps a connection to its upstream that nobody uses
@@ -157,12 +159,22 @@ class _Streams:
             begun.set()
         if got.status != 200:
             return "refused"
-        said = got.body.replace(_SIGN_OF_LIFE, b"")
-        return "finished" if said == stream_body(self._pieces) else "unequal"
+        said, whole = got.body.replace(_SIGN_OF_LIFE, b""), stream_body(self._pieces)
+        if said == whole:
+            return "finished"
+        return "filtered" if _is_filtered(said, whole) else "unequal"
 
 
 def _counted(ended: Counter[str]) -> dict[str, int]:
-    return {name: ended[name] for name in ("finished", "refused", "lost", "unequal")}
+    return {name: ended[name] for name in ENDS}
+
+
+def _is_filtered(said: bytes, whole: bytes) -> bool:
+    """Whether the stream was cut by a refusal, as it is where a guard cannot keep up: a beginning
+    of what was said, then the refusal's events and no others."""
+    rest = said[len(os.path.commonprefix([said, whole])) :]
+    ended = b'"finish_reason":"content_filter"' in rest and rest.endswith(b"data: [DONE]\n\n")
+    return ended and rest.count(b"\n\n") <= 3
 
 
 async def _settled(count: Callable[[], int]) -> int:

@@ -7,8 +7,12 @@ import os
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
+from guard_middleware import GuardMiddleware
+from guard_middleware.metrics import Metrics
+from guard_middleware.testing import FakeGuard, forbids
 from guard_service.cli import bench_middleware, bench_streams
 from guard_service.cli.app import app
 from guard_service.cli.bench_http import Connection
@@ -79,6 +83,14 @@ async def test_many_streams_are_held_in_their_middle_and_then_finished(factory: 
     assert ended == {"finished": 7}
 
 
+@pytest.mark.parametrize("words", ["moderate", "model, A moderate answer of a model, A"])
+async def test_streams_that_a_guard_cuts_are_told_apart(words: str) -> None:
+    app = GuardMiddleware(bare(), FakeGuard(forbids(words)), metrics=Metrics(CollectorRegistry()))
+    async with listening(app) as address:
+        server = Server("here", port_of(address), ThisProcess())  # type: ignore[arg-type]
+        assert await bench_streams._Streams(server, CHAT, 60).all(2) == {"filtered": 2}
+
+
 class ThisProcess:
     """Has the number of one."""
 
@@ -121,12 +133,19 @@ def test_ratios_and_differences_are_taken_turn_by_turn() -> None:
     }
 
 
-STREAMS = {"finished": 5, "refused": 0, "lost": 0, "unequal": 0, "kib_per_stream": 8.0} | {
+STREAMS = {
+    "finished": 5,
+    "filtered": 0,
+    "refused": 0,
+    "lost": 0,
+    "unequal": 0,
+    "kib_per_stream": 8.0,
+} | {
     "added_kib_per_stream": 40.0,
     "sockets_left": 0,
     "left": {"told_to_backend": 5, "open_at_backend": 0, "sockets_left": 0},
 }
-DRAIN = {"finished": 5, "refused": 0, "lost": 0, "unequal": 0, "exit_code": 0} | {
+DRAIN = {"finished": 5, "filtered": 0, "refused": 0, "lost": 0, "unequal": 0, "exit_code": 0} | {
     "seconds": 3.0,
     "open_at_backend": 0,
 }
@@ -151,7 +170,7 @@ def test_table_tells_ratios_and_what_became_of_streams(capsys: pytest.CaptureFix
     show(report())
     told = capsys.readouterr().out
     assert "1.00 ms" in told and "+0.25 ms" in told and "0.90x" in told and "-1.0 ms" in told
-    assert "+40 KiB" in told and "finished 5, refused 0, lost 0, unequal 0" in told
+    assert "+40 KiB" in told and "finished 5, filtered 0, refused 0, lost 0, unequal 0" in told
     assert "exit code 0" in told
 
 

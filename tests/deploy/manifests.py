@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-GUARDS = ("starter", "cpu", "gpu", "mtls-guard")
+GUARDS = ("starter", "cpu", "gpu", "mtls-guard", "auth-guard")
 BACKENDS = ("vllm", "ollama", "tgi", "mtls-vllm")
 GATEWAYS = ("envoy",)
 SCENARIOS = (

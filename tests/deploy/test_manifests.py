@@ -38,6 +38,7 @@ CUSTOM = {  # see test_custom_resources
     *("ServiceMonitor", "PrometheusRule", "Gateway", "GRPCRoute", "HTTPRoute"),
     "EnvoyExtensionPolicy",
 }
+ENCRYPTED = ("mtls-guard", "auth-guard")
 OURS = ("guard-service", "guard-sidecar", "guard-vision")
 
 
@@ -167,7 +168,8 @@ def test_the_guards_environment_is_settings_that_it_takes(scenario: str) -> None
     except config.ConfigError as error:
         problems = error.problems
     assert all("is not a file" in problem for problem in problems), problems  # the certificates
-    assert bool(problems) is (scenario == "mtls-guard")
+    assert bool(problems) is (scenario in ENCRYPTED)
+    assert ("GUARD_AUTH" in given) is (scenario == "auth-guard")
 
 
 @pytest.mark.parametrize("scenario", BACKENDS)
@@ -191,7 +193,7 @@ def test_the_guards_probes_ask_what_it_answers(scenario: str) -> None:
     for probe in probes(container):
         if "grpc" in probe:
             assert probe["grpc"] == {"port": ports["grpc"]}  # the empty service name
-            assert scenario != "mtls-guard", "kubelet's gRPC probe speaks no TLS"
+            assert scenario not in ENCRYPTED, "kubelet's gRPC probe speaks no TLS"
         else:
             assert probe["httpGet"]["port"] == "metrics"
             assert http_status(probe["httpGet"]["path"]) == "200 OK"
@@ -337,3 +339,12 @@ def test_a_guard_with_tls_is_not_announced_as_one_without() -> None:
 
 def test_clients_are_told_of_a_service_that_resolves_to_pods() -> None:
     assert named("scenarios/starter", "Service", "guard-pods")["spec"]["clusterIP"] == "None"
+
+
+def test_a_guard_with_tenants_mounts_the_file_that_it_is_told_of() -> None:
+    scenario = "scenarios/auth-guard"
+    file = environment(guard(scenario))["GUARD_AUTH"]
+    (mount,) = (one for one in guard(scenario)["volumeMounts"] if one["name"] == "auth")
+    (volume,) = (one for one in guard_pod(scenario)["volumes"] if one["name"] == "auth")
+    assert file == f"{mount['mountPath']}/auth.yaml" and mount["readOnly"]
+    assert volume["secret"]["secretName"] == "guard-auth"

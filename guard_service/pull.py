@@ -24,7 +24,7 @@ from guard_service.hub import (
     require_library,
 )
 from guard_service.manifest import File
-from guard_service.pulled import PULLED_FILE, Pulled
+from guard_service.pulled import COMMIT, PULLED_FILE, Pulled, PulledError, damage, read_pulled
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 FAILED, INTERRUPTED = 1, 130
@@ -111,7 +111,9 @@ def pull(arguments: argparse.Namespace) -> None:
     check_repository(repository)
     folder: Path = arguments.to or Path("models") / repository.partition("/")[2]
     if os.path.lexists(folder):
-        raise HubError(f"{folder} exists, and is not written over; move it or name another --to")
+        commit = _already(folder, repository, arguments.revision)
+        _say(f"{folder}: already there, verified; commit {commit} (the hub was not asked)")
+        return
     hub = Hub(arguments.endpoint, _token(arguments.token_file))
     require_library()
     _agree(hub, repository, arguments.accept_licence)
@@ -130,6 +132,29 @@ def pull(arguments: argparse.Namespace) -> None:
             files[listed.name] = _verified(hub, repository, listing.commit, listed, draft)
         _finish(draft, folder, _record(hub, repository, listing, files))
     _say(f"{folder}: every file is as the hub lists it; {PULLED_FILE} records it")
+
+
+def _already(folder: Path, repository: str, revision: str) -> str:
+    """The commit of a folder that is what would be pulled; a branch may have moved on since.
+
+    Raises HubError for any other folder, which is not written over.
+    """
+    try:
+        record = read_pulled(folder)
+        problems = damage(folder, record)
+    except (PulledError, OSError):
+        problems = ["it was not pulled"]
+    else:
+        if record.repository != repository:
+            problems = [f"it is {record.repository}"]
+        elif COMMIT.fullmatch(revision) and record.commit != revision:
+            problems = [f"it is commit {record.commit}"]
+    if problems:
+        raise HubError(
+            f"{folder} exists, and is not written over; move it or name another --to "
+            f"({problems[0]})"
+        )
+    return record.commit
 
 
 def _token(file: Path | None) -> str | None:

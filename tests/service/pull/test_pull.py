@@ -69,6 +69,39 @@ def test_nothing_is_written_over(failure: Failure, folder: Path, hub: FakeHub) -
     assert not hub.asked
 
 
+def test_what_is_there_already_is_verified_and_the_hub_not_asked(
+    run: Run, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    asked = len(hub.asked)
+    assert run() == 0 and run("--revision", COMMIT) == 0
+    assert f"already there, verified; commit {COMMIT}" in capsys.readouterr().err
+    assert len(hub.asked) == asked
+
+
+@pytest.mark.parametrize("change", ["bytes", "file", "record", "commit", "repository"])
+def test_what_is_there_and_is_not_it_is_an_error(
+    run: Run, failure: Failure, folder: Path, hub: FakeHub, change: str
+) -> None:
+    assert run() == 0
+    record = json.loads((folder / PULLED_FILE).read_text())
+    options: list[str] = []
+    if change == "bytes":
+        data = (folder / "config.json").read_bytes()
+        (folder / "config.json").write_bytes(data[:-1] + b" ")
+    elif change == "file":
+        (folder / "more.bin").write_bytes(b"x")
+    elif change == "record":
+        (folder / PULLED_FILE).unlink()
+    elif change == "commit":
+        options = ["--revision", "e" * 40]
+    else:
+        (folder / PULLED_FILE).write_text(json.dumps({**record, "repository": "someone/else"}))
+    asked = len(hub.asked)
+    assert "exists, and is not written over" in failure(*options)
+    assert len(hub.asked) == asked
+
+
 def test_broken_off_download_goes_on_where_it_ended(
     run: Run, failure: Failure, hub: FakeHub, folder: Path
 ) -> None:

@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PROTO_VENV := .venv-proto
 OLDEST_VENV := .venv-protobuf
 NEXT_VENV := .venv-transformers5
+RAY_VENV := .venv-ray
 
 # The oldest generator, since code from a newer one refuses to load on an older protobuf runtime.
 GENERATOR := grpcio-tools==1.71.2 mypy-protobuf==3.7.0
@@ -18,7 +19,7 @@ WIRE_TESTS := tests/middleware/test_client.py tests/middleware/test_async_client
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test install lint format format-check types check proto proto-check \
-  test-protobuf test-transformers bench chaos clean
+  test-protobuf test-transformers test-ray bench chaos clean
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,9 @@ test-protobuf: $(OLDEST_VENV)/.made ## run the wire's tests on the oldest protob
 test-transformers: $(NEXT_VENV)/.made ## run the torch engine's tests on transformers 5 (make test: on 4.57)
 	$(NEXT_VENV)/bin/python -m pytest -q tests/service/torch
 
+test-ray: $(RAY_VENV)/.made ## run the tests that need Ray (make test leaves them out)
+	$(RAY_VENV)/bin/python -m pytest -q -W ignore::ResourceWarning -W "ignore::pytest.PytestUnraisableExceptionWarning" tests/on_ray $(ARGS)
+
 bench: $(VENV)/.base ## measure the starter guard here: latency, verdicts a second, what the service adds
 	$(BIN)/guardctl bench --compare-engine $(ARGS)
 
@@ -68,7 +72,7 @@ chaos: $(VENV)/.dev ## minutes of mixed load while guards die and hang; ARGS="--
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
 clean: ## remove the virtual environments, caches and builds
-	rm -rf .venv $(PROTO_VENV) $(OLDEST_VENV) $(NEXT_VENV) .mypy_cache .ruff_cache .pytest_cache dist build
+	rm -rf .venv $(PROTO_VENV) $(OLDEST_VENV) $(NEXT_VENV) $(RAY_VENV) .mypy_cache .ruff_cache .pytest_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call generate,FOLDER): the Python code of proto/*.proto, written below FOLDER
@@ -117,4 +121,10 @@ $(NEXT_VENV)/.made: pyproject.toml constraints.txt
 	  -e 's/^huggingface_hub==.*/huggingface_hub==2.4.0/' constraints.txt > $(NEXT_VENV)/constraints.txt
 	@$(NEXT_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
 	  -c $(NEXT_VENV)/constraints.txt -e '.[vision]' pytest pytest-asyncio hypothesis grpcio-status
+	@touch $@
+
+$(RAY_VENV)/.made: pyproject.toml constraints.txt
+	$(call virtual,$(RAY_VENV))
+	@$(RAY_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+	  -e '.[ray]' pytest pytest-asyncio hypothesis grpcio-status
 	@touch $@

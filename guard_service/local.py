@@ -21,6 +21,13 @@ JOIN_S = 5.0
 
 @contextmanager
 def local_server(settings: Settings, traces: Traces | None = None) -> Iterator[str]:
+    """A server for this process alone, which needs no credentials; yields the gRPC target."""
+    with private_server(replace(settings, auth=None), traces) as target:
+        yield target
+
+
+@contextmanager
+def private_server(settings: Settings, traces: Traces | None = None) -> Iterator[str]:
     """A server on a private unix socket, in a thread of this process; yields the gRPC target."""
     with tempfile.TemporaryDirectory(prefix="guard-") as folder:  # readable by this user only
         private = replace(
@@ -30,7 +37,6 @@ def local_server(settings: Settings, traces: Traces | None = None) -> Iterator[s
             tls_cert=None,
             tls_key=None,
             tls_client_ca=None,
-            auth=None,
         )
         with engines_of(private) as (engine, second):
             server = GuardServer(private, engine, loaded_policies(private), second, traces)

@@ -27,7 +27,7 @@ OURS = {
     "tests": ".",
 }
 MAY_USE = {
-    "guard_service": ("fetch", "tracing", "vision"),
+    "guard_service": ("fetch", "ray", "tracing", "vision"),
     "guard_middleware": ("sidecar", "tracing"),
     "guard_quantization": ("quantization",),
     "tests": ("dev", "quantization"),

@@ -29,16 +29,26 @@ class Record:
     conversation: guard_pb2.Conversation | None
     language: str = ""
     wrong: str = ""
+    file: str = ""  # of a folder
 
 
-def read_records(stream: BinaryIO) -> Iterator[Record]:
-    """The records of a stream in order; blank lines are none. Never raises for a line's content."""
-    number = 0
+def read_lines(stream: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
+    """The lines of a stream, None for one that is too long, and how many bytes each has."""
     while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_LINE_BYTES:
-            while raw and not raw.endswith(b"\n"):
-                raw = stream.readline(MAX_LINE_BYTES)
+        if len(raw) <= MAX_LINE_BYTES:
+            yield raw, len(raw)
+            continue
+        size = len(raw)
+        while raw and not raw.endswith(b"\n"):
+            raw = stream.readline(MAX_LINE_BYTES)
+            size += len(raw)
+        yield None, size
+
+
+def read_records(stream: BinaryIO, first: int = 1) -> Iterator[Record]:
+    """The records of a stream in order; blank lines are none. Never raises for a line's content."""
+    for number, (raw, _) in enumerate(read_lines(stream), first):
+        if raw is None:
             yield Record(number, None, None, wrong=f"the line is over {MAX_LINE_BYTES} bytes")
         elif raw.strip():
             yield read_record(raw, number)
@@ -52,6 +62,11 @@ def read_record(raw: bytes, line: int) -> Record:
         return Record(line, None, None, wrong="the line is not JSON in UTF-8")
     if not isinstance(found, dict):
         return Record(line, None, None, wrong="the line is not a JSON object")
+    return record_of(found, line)
+
+
+def record_of(found: Mapping[str, Any], line: int) -> Record:
+    """The record of a line's fields, or of a row's."""
     own = _id(found.get("id"))
     try:
         return Record(line, own, _conversation(found), _language(found))
@@ -98,6 +113,7 @@ def verdict_line(record: Record, verdict: Verdict) -> bytes:
         complete=verdict.coverage.complete,
         shadow_action=verdict.shadow_action.value if verdict.shadow_action else None,
         **stamp(verdict),
+        **({"tier": verdict.model.tier} if verdict.model.tier else {}),
     )
 
 
@@ -130,7 +146,8 @@ def short(digest: str) -> str:
 
 
 def _line(record: Record, **fields: Any) -> bytes:
-    whole = {"id": record.id, "line": record.line, **fields}
+    place = {"file": record.file} if record.file else {}
+    whole = {"id": record.id, **place, "line": record.line, **fields}
     return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 

@@ -69,7 +69,7 @@ def run(source: Path, result: Path, place: Place, how: How) -> int:
             records = read_records(stream)
             output, done = stack.enter_context(open_output(result, records, how.restart))
             if done.lines:
-                _say(f"{done.lines} lines are in {result.name} already; going on behind them")
+                say(f"{done.lines} lines are in {result.name} already; going on behind them")
             target, tls = stack.enter_context(place.open(apart=True))
             terms = Terms(
                 timeout_s=how.timeout_s,
@@ -83,14 +83,14 @@ def run(source: Path, result: Path, place: Place, how: How) -> int:
     except NotResumable as why:
         exits.fail(f"cannot go on with {result.name}: {why}; --restart writes it anew", exits.USAGE)
     except KeyboardInterrupt:
-        _say(f"interrupted after {done.lines} lines; the same command again goes on from there")
+        say(f"interrupted after {done.lines} lines; the same command again goes on from there")
         return exits.INTERRUPTED
     except Halted as why:
-        _say(f"stopped after {done.lines} lines: {why}; the same command again goes on from there")
+        say(f"stopped after {done.lines} lines: {why}; the same command again goes on from there")
         return exits.UNFINISHED
     except OSError as why:
         exits.fail(f"cannot read or write: {why}")
-    _say(f"{done.lines} lines judged, {done.errors} with an error")
+    say(f"{done.lines} lines judged, {done.errors} with an error")
     return exits.NO_VERDICT if done.errors else exits.OK
 
 
@@ -239,5 +239,6 @@ def _check_paths(source: Path, result: Path) -> None:
         exits.fail("OUT must be a file of its own", exits.USAGE)
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """To the person at the terminal."""
     print(f"guardctl: {exits.printable(message)}", file=sys.stderr, flush=True)

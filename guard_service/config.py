@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -161,6 +162,13 @@ class Settings:
         """The largest gRPC message that is taken."""
         most = _MESSAGE_BYTES + (self.max_image_bytes if judges_images else 0)
         return self.max_message_bytes or min(most, 2**31 - 1)
+
+    def for_models(self, judges_images: bool) -> Settings:
+        """With the size of a message that models want. Files are not looked at again: those that
+        are gone by now are told of by whoever reads them."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "max_message_bytes", self.message_bytes(judges_images))
+        return settings
 
     @property
     def engine_lanes(self) -> int:

@@ -77,7 +77,7 @@ class GuardServer:
         images = engine.card.judges_images or bool(
             second.card.judges_images if second else settings.second_guard
         )
-        settings = replace(settings, max_message_bytes=settings.message_bytes(images))
+        settings = settings.for_models(images)
         self.settings = settings
         self.address = ""
         self.metrics_port = 0

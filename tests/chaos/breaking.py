@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 
+from tests.chaos.journal import now
 from tests.chaos.ledger import Faults, Ledger
 from tests.chaos.stage import (
     FIRST,
@@ -163,7 +164,8 @@ class Breaking:
 
     async def _until(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
         """Wait for it; where it does not come about it counts as wrong."""
-        for _ in range(int(PATIENCE_S / _LOOK_S)):
+        ends = now() + PATIENCE_S
+        while now() < ends:
             with suppress(OSError, TimeoutError):
                 if await holds():
                     return

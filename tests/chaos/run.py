@@ -54,6 +54,7 @@ class _Load:
     faults: Faults
     ledger: Ledger = field(default_factory=Ledger)
     began: float = 0.0
+    late: asyncio.Event = field(default_factory=asyncio.Event)  # nothing more is broken
     over: asyncio.Event = field(default_factory=asyncio.Event)
     goes: asyncio.Event = field(default_factory=asyncio.Event)  # callers wait while it is not set
 
@@ -73,7 +74,7 @@ class _Load:
         )
         warm = False
         async for _ in breaking.go_on(self.plan.names):
-            if self.over.is_set():
+            if self.late.is_set():
                 return
             if not warm and time.monotonic() - self.began >= self.plan.seconds * _WARM_SHARE:
                 warm = True
@@ -179,8 +180,9 @@ async def _loaded(load: _Load, guards: Sequence[Guard]) -> str:
                 await stopped.wait()
         if plan.names and not stopped.is_set():
             await asyncio.wait((breaking,))
+        load.late.set()
+        await breaking  # what it has broken it makes whole, while callers look on
         load.over.set()
-        await breaking  # what it has broken it makes whole
         telling.cancel()
     return "interrupted" if stopped.is_set() else "to its planned end"
 

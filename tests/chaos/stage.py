@@ -112,6 +112,7 @@ def _guard(name: str, folder: Path, port: int, admin: int, files: Files) -> Proc
         "port": port,
         "metrics-port": admin,
         "threads": 1,
+        "max-message-bytes": 4 * 2**20,  # what callers send too much of; see calls.py
         "cache-entries": _CACHED,
         "session-bytes": 16 * 2**20,
         "kernel-plan": "stored",

@@ -25,13 +25,17 @@ _RESULTS = {"stop": "passed", "content_filter": "refused"}
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where clients come in. `rests_on` is what explains, when it is broken, that a stream gets no
-    verdict; `alone` what explains it for a whole reply, whose calls another guard can answer."""
+    """Where clients come in, and what explains, when it is broken, that they get no verdict.
+
+    For a stream each of `rests_on`; for a whole reply each of `alone`, and all `guards` at once,
+    since one can answer for another.
+    """
 
     name: str
     port: int
     rests_on: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -89,7 +93,7 @@ class Client:
         try:
             async with asyncio.timeout(self._draw.random() * 0.2 if leaves else PATIENCE_S):
                 status, got = await self._asked(door, script, streamed, image)
-            broken = self._faults.explain(door.rests_on if streamed else door.alone, began)
+            broken = self._explained(door, streamed, began)
             result = self._result(name, script, status, got, broken)
         except TimeoutError:
             if not leaves:
@@ -102,6 +106,13 @@ class Client:
             result = "unreadable"
             self._ledger.wrong("wrong", f"{name}: what came is no reply: {error}")
         self._ledger.ended[name, result] += 1
+
+    def _explained(self, door: Door, streamed: bool, began: float) -> bool:
+        faults = self._faults
+        if streamed:
+            return faults.explain(door.rests_on, began)
+        together = bool(door.guards) and faults.explain_all(door.guards, began)
+        return together or faults.explain(door.alone, began)
 
     def _script(self) -> Script:
         draw = self._draw

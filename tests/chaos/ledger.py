@@ -82,6 +82,10 @@ class Faults:
         """It is whole again."""
         self._spans[name][-1][1] = now() + self.grace_s
 
+    def explain_all(self, names: Iterable[str], since: float) -> bool:
+        """Whether each of these was broken at some time since then."""
+        return all(self.explain((name,), since) for name in names)
+
     def explain(self, names: Iterable[str], since: float) -> bool:
         """Whether one of these was broken at any time since then."""
         return any(end >= since for name in names for _, end in self._spans.get(name, ()))

@@ -26,7 +26,9 @@ from tests.chaos.ledger import Faults, Ledger
 from tests.chaos.stage import SECOND, SIDECAR, STARTER, Stage, built
 from tests.chaos.truth import Known, Policies, starter_knows
 
-_GRACE_S = 6.0  # in which callers find out that something is back: gRPC waits between its attempts
+# In which callers find out that something is back: gRPC waits between its attempts to connect, and
+# leaves a guard that hung out for ten seconds.
+_GRACE_S = 12.0
 _TELL_S = 10.0
 _WARM_SHARE = 0.25  # of the time, after which a process holds what it needs
 _THINK_S = 0.05  # between two calls of one caller, on average

@@ -84,8 +84,9 @@ def built(folder: Path, files: Files) -> Stage:
     admin = dict(zip((STARTER, FIRST, SECOND, SIDECAR), free_ports(4), strict=True))
     admin[APP] = ports[APP]
     targets = {name: f"127.0.0.1:{ports[name]}" for name in GUARDS}
-    both = f"ipv4:{targets[FIRST]},{targets[SECOND]}"
-    screens = {**_SCREENS, "guard": both}
+    both = (FIRST, SECOND)
+    balanced = ",".join(targets[name] for name in both)
+    screens = {**_SCREENS, "guard": f"ipv4:{balanced}"}
     made = [_guard(name, folder, ports[name], admin[name], files) for name in GUARDS]
     made.append(_served(UPSTREAM, "alone", folder, ports[UPSTREAM], {}))
     flags = {
@@ -99,8 +100,8 @@ def built(folder: Path, files: Files) -> Stage:
     environment = {f"GUARDED_{k.replace('-', '_').upper()}": v for k, v in screens.items()}
     made.append(_served(APP, "guarded", folder, ports[APP], environment))
     doors = (
-        Door(SIDECAR, ports[SIDECAR], (FIRST, SECOND, UPSTREAM), (UPSTREAM,)),
-        Door(APP, ports[APP], (FIRST, SECOND)),
+        Door(SIDECAR, ports[SIDECAR], (FIRST, SECOND, UPSTREAM), (UPSTREAM,), both),
+        Door(APP, ports[APP], both, guards=both),
     )
     processes = {one.name: one for one in made}
     return Stage(folder, files, processes, targets, doors, admin)

@@ -77,6 +77,9 @@ def test_faults_explain_what_overlaps_them_and_nothing_else() -> None:
     before = now()
     faults.begin("a")
     assert faults.explain(("a", "b"), now()) and not faults.explain(("b",), before)
+    assert not faults.explain_all(("a", "b"), before)
+    faults.begin("b")
+    assert faults.explain_all(("a", "b"), before)
     faults.end("a")
     assert faults.explain(("a",), before) and not faults.explain(("a",), now())
 

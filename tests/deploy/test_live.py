@@ -42,13 +42,16 @@ from tests.deploy.test_observability import (
 
 BIN = Path(sys.executable).parent
 PROMETHEUS_PORT = 9095
-NOTHING_HAPPENED = {  # no second guard, no images, no policy in shadow, no failure, no other client
+# No second guard, no images, no policy in shadow, no failure, no other client, no traces.
+NOTHING_HAPPENED = {
     "Asking it",
     "Images",
     "Is asked",
     "Left open, by reason",
     "No verdict, by reason",
     "Policies in shadow",
+    "Reloads",
+    "Spans sent",
     "Time of Classify",
     "Who decided in cascades",
     "Without a verdict",

@@ -201,7 +201,9 @@ class GuardServer:
         settings = self.settings
         if settings.auth is None:
             return None
-        auth = Authenticator(settings.auth, settings.default_policy, self._security)
+        auth = Authenticator(
+            settings.auth, settings.default_policy, self._security, settings.max_calls
+        )
         self.watcher.add(auth.watched)
         return auth
 

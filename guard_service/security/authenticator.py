@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from guard_service.live.watching import Watched
 from guard_service.metrics import SecurityMetrics
 from guard_service.security.auth_file import AuthFile, read_auth_file
 from guard_service.security.jwts import Issuers, Seen
-from guard_service.security.tenants import Tenants, Usage
+from guard_service.security.tenants import Tenant, Tenants, Usage
 from guard_service.security.tokens import MOST_CHARS, KnownTokens, now
 
 LOG = logging.getLogger(__name__)
@@ -45,11 +45,14 @@ class Authenticator:
         file: Path,
         default_policy: str,
         metrics: SecurityMetrics,
+        max_calls: int,
         clock: Callable[[], datetime] = now,
     ) -> None:
-        """Raises PolicyError with everything that is wrong with the file."""
+        """`max_calls` is the service's: of several tenants, one whose `calls` are not bounded has
+        half of them at most. Raises PolicyError with everything that is wrong with the file."""
         self._file, self._default_policy = file, default_policy
         self.metrics, self._clock = metrics, clock
+        self._most_calls = max(max_calls // 2, 1)
         self.tenants = Tenants(lambda *labels: metrics.tenant_refused.labels(*labels).inc())
         self._seen = Seen()
         self._put(self._read())
@@ -121,7 +124,13 @@ class Authenticator:
         self._said = said
         self._known, self._readers = KnownTokens(said.tokens), KnownTokens(said.metrics)
         self._issuers = Issuers(said.issuers, self._seen, lambda: self._clock().timestamp())
-        self.tenants.become(said.tenants)
+        several = len(said.tenants) > 1
+        self.tenants.become(map(self._bounded, said.tenants) if several else said.tenants)
+
+    def _bounded(self, tenant: Tenant) -> Tenant:
+        """With a bound of calls, so that there is room for others."""
+        calls = min(tenant.bounds.calls, self._most_calls)
+        return replace(tenant, bounds=replace(tenant.bounds, calls=calls))
 
     async def _use(self, said: AuthFile) -> None:
         if said == self._said:

@@ -188,6 +188,19 @@ async def test_calls_and_streams_in_progress_are_bounded_by_tenant(
     assert [reply.final async for reply in third] == [True]
 
 
+async def test_one_tenant_does_not_fill_the_service(run_guard: RunGuard, auth: Auth) -> None:
+    acme, beta = bearer(auth.tenant("acme")), bearer(auth.tenant("beta"))
+    guard = await run_guard(auth=auth.write(), max_calls=4)
+    streams = [guard.stub.ClassifyStream(metadata=acme) for _ in range(2)]
+    for stream in streams:
+        await stream.write(start("hi"))
+        await stream.write(piece("a", check=True))
+        await stream.read()
+    refusal = await refused(guard.stub.Classify(asked("hi"), metadata=acme))
+    assert (refusal.reason, refusal.retry_s) == ("QUOTA_EXCEEDED", 0.25)
+    assert (await guard.stub.Classify(asked("hi"), metadata=beta)).verdict
+
+
 async def test_no_tenant_learns_what_another_asked(run_guard: RunGuard, auth: Auth) -> None:
     acme, beta = bearer(auth.tenant("acme")), bearer(auth.tenant("beta"))
     guard = await run_guard(auth=auth.write())

@@ -206,7 +206,7 @@ async def test_a_stream_goes_to_the_guard_in_pieces_of_the_policys_cadence(
     service: Tells, target: str
 ) -> None:
     service.policies = [wire(ends="false")]
-    async with guarded(target, Backend(each(chunks(SAFE)), EVENTS)) as app:
+    async with guarded(target, Backend(each(chunks(SAFE)), EVENTS), idle_check_s=60.0) as app:
         got = await call(app, PATH, asking("Hi", stream=True))
     assert got.text() == SAFE
     first, *most, _ = [size for size in service.sizes if size]
@@ -235,7 +235,8 @@ async def test_pieces_end_with_sentences_where_the_policy_judges_there() -> None
     """The first one asks for a verdict; the guard knows itself when it makes the others."""
     guard = Hears(summary(wire()))
     backend = Backend(each(chunks(SAFE, size=1)), EVENTS)
-    got = await call(Wrapped(backend, guard), PATH, asking("Hi", stream=True))
+    app = Wrapped(backend, guard, idle_check_s=60.0)
+    got = await call(app, PATH, asking("Hi", stream=True))
     assert got.text() == SAFE
     first, *most = [piece for piece in guard.pieces if piece.text]
     assert (len(first.text), first.check) == (20, True)

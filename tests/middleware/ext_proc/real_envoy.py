@@ -72,7 +72,6 @@ class Setup:
     more: Mapping[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**20
     drain_s: float = 25.0
-    keeps_connections: bool = True  # to the backend
     lingers: str = "1s"  # with a connection that it closes
     backend: str = ""  # http://host:port of one that is no application
 
@@ -128,7 +127,8 @@ def bootstrap(setup: Setup, folder: Path, backend: str) -> dict[str, Any]:
         "static_resources": {
             "listeners": [listener],
             "clusters": [
-                _cluster("backend", where, http2=False, once=not setup.keeps_connections),
+                # A connection for each request: one that is kept may end just when it is used.
+                _cluster("backend", where, http2=False, once=True),
                 _cluster("guard", {"pipe": {"path": str(folder / "processor")}}, http2=True),
             ],
         },

@@ -45,9 +45,7 @@ class Recorded:
         server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
         await self.stack.enter_async_context(server)
         host, port = server.sockets[0].getsockname()
-        setup = Setup(
-            modes(DUPLEX), backend=f"http://{host}:{port}", keeps_connections=False, lingers="0.1s"
-        )
+        setup = Setup(modes(DUPLEX), backend=f"http://{host}:{port}", lingers="0.1s")
         self.running = await self.stack.enter_async_context(stage(setup, folder, Backend([])))
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -33,7 +33,7 @@ from tests.middleware.asgi_calls import Reply, listening
 from tests.middleware.test_bypasses import closed
 from tests.middleware.wrapped import BAD
 
-WAIT_S = 60
+WAIT_S = 120
 DUPLEX, BUFFERED, STREAMED = "FULL_DUPLEX_STREAMED", "BUFFERED", "STREAMED"
 MODES = (DUPLEX, BUFFERED, STREAMED)
 EXT_PROC = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3"

@@ -69,7 +69,7 @@ async def test_no_call_of_a_burst_is_cancelled_by_grpc_itself(run_guard: RunGuar
 
     async def code(number: int) -> grpc.StatusCode:
         try:
-            await guard.stub.Classify(asked(f"caller {number}"), timeout=60)
+            await guard.stub.Classify(asked(f"caller {number}"), timeout=240)
         except grpc.aio.AioRpcError as error:
             return error.code()
         return grpc.StatusCode.OK

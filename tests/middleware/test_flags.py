@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,15 +46,6 @@ def test_every_mistake_is_told_at_once() -> None:
         "GUARD_SIDECAR_CONNECTIONS: is not a number",
         "upstream: must be given, as --upstream or GUARD_SIDECAR_UPSTREAM",
     ]
-
-
-@pytest.fixture
-def root_logger() -> Iterator[None]:
-    """The root logger is left as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 @pytest.mark.usefixtures("root_logger")

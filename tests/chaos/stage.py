@@ -27,6 +27,8 @@ _SCREENS = {
     "guard-try-s": "1.5",
     "guard-open-s": "0.5",
 }
+# So that what grows is a leak, not what the threads of models that left keep in heaps of their own.
+_ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
 _CACHED = "500"  # verdicts: so few that the cache is full once a run has warmed up
 _SETTLE_S = 60.0
 _OPEN = re.compile(r"^(?:guard_in_flight|guard_middleware_in_progress)(?:\{.*\})? (\S+)$", re.M)
@@ -120,7 +122,8 @@ def _guard(name: str, folder: Path, port: int, admin: int, files: Files) -> Proc
         "reload-s": RELOAD_S,
     }
     arguments = [str(folder / f"{name}.judged"), *_flags(flags)]
-    return Process(name, "tests.chaos.guard", arguments, folder, ready_at(admin, "/readyz"))
+    ready = ready_at(admin, "/readyz")
+    return Process(name, "tests.chaos.guard", arguments, folder, ready, _ONE_HEAP)
 
 
 def _served(

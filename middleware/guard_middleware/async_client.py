@@ -25,6 +25,7 @@ from guard_middleware.service_info import (
     read_info,
     read_policies,
 )
+from guard_middleware.stream_status import Ending
 from guard_middleware.stream_watch import Watch
 from guard_middleware.terms import Terms
 from guard_middleware.tracing import metadata
@@ -141,6 +142,7 @@ class AsyncGuardClient:
         call = self._stub.ClassifyStream(
             timeout=limit, metadata=(*self._terms.call_metadata(), *metadata())
         )
+        ending = Ending(call)
         watch = Watch(self._terms.timeout_s)
         sender = asyncio.create_task(_send(call, start, pieces, watch), name="guard-stream-sender")
         try:
@@ -148,8 +150,8 @@ class AsyncGuardClient:
                 self._breaker.settle(None)
                 yield reader.read(reply)
             reader.finish()
-        except grpc.aio.AioRpcError as failed:
-            broken_off = errors.from_rpc(failed)
+        except grpc.aio.AioRpcError:
+            broken_off = errors.from_rpc(await ending.status())
             self._breaker.settle(broken_off)
             yield reader.failed(broken_off, policy, self._fallback)
         except asyncio.CancelledError:

@@ -104,6 +104,25 @@ async def test_broken_stream_ends_with_what_was_declared(service: FakeService, t
     assert found[0].outcome.blocked and found[0].final
 
 
+async def test_a_write_does_not_hide_that_the_stream_was_refused(
+    service: FakeService, target: str
+) -> None:
+    """Else content could choose to be "not judged", which may be declared to be allowed."""
+
+    async def much() -> AsyncIterator[Piece | str]:
+        for _ in range(50):
+            yield Piece("x" * 200, check=True)
+            await asyncio.sleep(0)
+
+    terms = Terms(on_unavailable="allow")
+    async with AsyncGuardClient(target, terms) as guard:
+        for _ in range(100):
+            service.script = [Refusal(grpc.StatusCode.INVALID_ARGUMENT, "CONVERSATION_TOO_LONG")]
+            with pytest.raises(InvalidRequest, match="CONVERSATION_TOO_LONG"):
+                async for _ in guard.classify_stream("hi", much()):
+                    pass
+
+
 async def test_error_of_the_pieces_is_the_streams_error(target: str) -> None:
     async def failing() -> AsyncIterator[Piece | str]:
         yield "ab"

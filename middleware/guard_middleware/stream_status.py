@@ -1,8 +1,8 @@
 """The status with which a guard ended a stream, also where a write met it.
 
-When a server refuses a stream while its client writes, grpc.aio at times puts an INTERNAL of its own
-in the place of the server's status, before or after it came (grpc/grpc#36066). A caller's mistake
-would then pass for a failure of the guard's, which `on_unavailable` covers.
+When a server refuses a stream while its client writes, grpc.aio at times puts an INTERNAL of its
+own in the place of the server's status, before or after it came (grpc/grpc#36066). A caller's
+mistake would then pass for a failure of the guard's, which `on_unavailable` covers.
 """
 
 from __future__ import annotations

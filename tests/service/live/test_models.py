@@ -154,7 +154,20 @@ async def test_calls_and_streams_end_on_the_model_they_began_with(served: Served
     await until(lambda: old.closed)
 
 
-async def test_a_server_that_ends_closes_models_that_are_leaving(served: Served) -> None:
+def engine_threads() -> set[threading.Thread]:
+    return {one for one in threading.enumerate() if one.name.startswith("guard-engine")}
+
+
+@pytest.fixture
+def of_others() -> set[threading.Thread]:
+    """Threads of engines that other tests have left running."""
+    return engine_threads()
+
+
+async def test_a_server_that_ends_closes_models_that_are_leaving(
+    of_others: set[threading.Thread], served: Served
+) -> None:
+    assert engine_threads() - of_others
     stream = served.guard.stub.ClassifyStream()
     await stream.write(start("hi"))
     await stream.write(piece("so far", check=True))
@@ -163,8 +176,7 @@ async def test_a_server_that_ends_closes_models_that_are_leaving(served: Served)
     await served.guard.server.stop(0.0)
     with suppress(grpc.aio.AioRpcError):
         await stream.read()
-    names = {thread.name for thread in threading.enumerate()}
-    assert not any(name.startswith("guard-engine") for name in names)
+    assert not engine_threads() - of_others
 
 
 async def test_a_model_that_is_loaded_when_the_server_ends_is_closed(served: Served) -> None:

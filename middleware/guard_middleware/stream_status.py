@@ -65,8 +65,9 @@ class Ending:
         return told
 
     def _ended(self, call: Any) -> None:
-        """The status is there, and no other code has run since."""
-        self._first = _at_once(self._told())
+        """A status is there, and no other code has run since; some versions tell of each."""
+        if self._first is None or self._first.lost:
+            self._first = _at_once(self._told())
 
     async def _told(self) -> Told:
         call = self._call

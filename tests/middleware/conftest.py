@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +19,3 @@ def service() -> FakeService:
 def target(service: FakeService, tmp_path: Path) -> Iterator[str]:
     with serving(service, socket_in(tmp_path)) as target:
         yield target
-
-
-@pytest.fixture
-def root_logger() -> Iterator[None]:
-    """The root logger is left as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level

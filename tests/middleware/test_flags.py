@@ -48,7 +48,6 @@ def test_every_mistake_is_told_at_once() -> None:
     ]
 
 
-@pytest.mark.usefixtures("root_logger")
 def test_wrong_places_end_the_command_with_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +58,6 @@ def test_wrong_places_end_the_command_with_a_line(
     assert "upstream: must be http://" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("root_logger")
 @pytest.mark.parametrize("style", ["json", "auto", "text"])
 def test_an_exchange_is_a_line_of_the_log(style: str, capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logs({"log_level": "info", "log_format": style})

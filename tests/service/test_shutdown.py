@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import socket
@@ -146,16 +145,6 @@ async def test_a_second_signal_ends_the_process_now(tmp_path: Path) -> None:
             assert await asyncio.to_thread(process.wait) == command.INTERRUPTED
 
 
-@pytest.fixture
-def root_logger() -> Iterator[None]:
-    """The root logger is left as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-
-
-@pytest.mark.usefixtures("root_logger")
 def test_a_taken_port_ends_the_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -167,7 +156,6 @@ def test_a_taken_port_ends_the_command_with_a_line(capsys: pytest.CaptureFixture
     assert "Traceback" not in told
 
 
-@pytest.mark.usefixtures("root_logger")
 def test_a_broken_policy_ends_the_command_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +165,6 @@ def test_a_broken_policy_ends_the_command_with_its_place(
     assert f"{path}:4:1: " in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("root_logger")
 def test_a_folder_without_a_model_ends_the_command_with_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

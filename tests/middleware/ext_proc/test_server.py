@@ -165,7 +165,6 @@ async def connects(
     return False
 
 
-@pytest.mark.usefixtures("root_logger")
 def test_place_that_is_taken_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "listen").mkdir()
     places = ["--listen", f"unix:{tmp_path / 'listen'}", "--admin", f"unix:{tmp_path / 'admin'}"]

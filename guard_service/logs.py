@@ -42,10 +42,11 @@ class TextFormatter(logging.Formatter):
         return f"{line}\n{_exception(record)}" if record.exc_info else line
 
 
-def set_up(level: str, style: str) -> None:
-    """Send the logs of this process to stderr. `style` is json, text or auto."""
+def set_up(level: str, style: str, text: logging.Formatter | None = None) -> None:
+    """Send the logs of this process to stderr. `style` is json, text or auto; `text` formats lines
+    for people where TextFormatter is not to."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(TextFormatter() if is_text(style) else JsonFormatter())
+    handler.setFormatter((text or TextFormatter()) if is_text(style) else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from guard_middleware.settings import ENVIRONMENT_PREFIX, FIELDS
-from guard_service.logs import JsonFormatter, is_text
+from guard_service import logs
 
 T = TypeVar("T")
 
@@ -74,9 +73,4 @@ def add_logs(parser: argparse._ArgumentGroup) -> None:
 
 def set_up_logs(flags: dict[str, Any]) -> None:
     """Send the logs of this process to stderr as the two flags say, which are taken out."""
-    level, style = flags.pop("log_level"), flags.pop("log_format")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s") if is_text(style) else JsonFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    logs.set_up(flags.pop("log_level"), flags.pop("log_format"), logging.Formatter("%(message)s"))
